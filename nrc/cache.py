@@ -1,0 +1,297 @@
+"""`RadianceCache`: scattered radiance at surface points, learned online from noisy estimates (Müller et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import warp as wp
+
+from nrc.field import Field
+from nrc.kernels import cache as kc
+from nrc.launch import launch, resolve_device
+from nrc.records import Records
+from nrc.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What the cache is made of.
+
+    Attributes:
+        encoding: Of positions: "hash" is the multiresolution hash grid (Müller et al. 2022), "frequency" 12 octaves of
+            triangle waves (Müller et al. 2021).
+        n_levels, n_features_per_level, log2_hashmap_size, base_resolution, per_level_scale: Hash grid, tiny-cuda-nn's
+            names.
+        n_neurons, n_hidden_layers: Network; None for the number of layers means 2 with "hash" and 5 with "frequency".
+        learning_rate: Adam's; None means 1e-2 with "hash" and 2e-3 with "frequency".
+        ema_decay: Of the weights that answer rendering queries.
+        batch_size, n_batches: Records per optimizer step, and steps per call of `train`.
+        radiance_scale: Radiance that the loss treats as 1 [W m^-2 sr^-1]; None estimates it from the first records.
+        seed: Of the initial weights and the shuffle.
+    """
+
+    encoding: Literal["hash", "frequency"] = "hash"
+    n_levels: int = 16
+    n_features_per_level: int = 2
+    log2_hashmap_size: int = 15
+    base_resolution: int = 16
+    per_level_scale: float = 2.0
+    n_neurons: int = 64
+    n_hidden_layers: int | None = None
+    learning_rate: float | None = None
+    ema_decay: float = 0.99
+    batch_size: int = 2048
+    n_batches: int = 4
+    radiance_scale: float | None = None
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ("hash", "frequency"):
+            raise ValueError(f"encoding must be 'hash' or 'frequency', got {self.encoding!r}")
+        if self.batch_size < 1 or self.n_batches < 1:
+            raise ValueError("batch_size and n_batches must be at least 1")
+        if self.radiance_scale is not None and not self.radiance_scale > 0.0:
+            raise ValueError(f"radiance_scale must be positive, got {self.radiance_scale}")
+
+    @property
+    def n_training_records(self) -> int:
+        """Records that one call of `train` can use."""
+        return self.batch_size * self.n_batches
+
+    def encoding_config(self) -> dict[str, Any]:
+        """tiny-cuda-nn style encoding of the inputs described in `nrc.kernels.cache`."""
+        position: dict[str, Any] = {"n_dims_to_encode": 3, "otype": "TriangleWave", "n_frequencies": 12}
+        if self.encoding == "hash":
+            position = {
+                "n_dims_to_encode": 3,
+                "otype": "HashGrid",
+                "n_levels": self.n_levels,
+                "n_features_per_level": self.n_features_per_level,
+                "log2_hashmap_size": self.log2_hashmap_size,
+                "base_resolution": self.base_resolution,
+                "per_level_scale": self.per_level_scale,
+            }
+        return {
+            "otype": "Composite",
+            "nested": [
+                position,
+                {"n_dims_to_encode": 2, "otype": "OneBlob", "n_bins": 4, "wrap": True},
+                {"n_dims_to_encode": 3, "otype": "OneBlob", "n_bins": 4, "wrap": False},
+                {"n_dims_to_encode": 6, "otype": "Identity"},
+            ],
+        }
+
+    def network_config(self) -> dict[str, Any]:
+        """tiny-cuda-nn style network."""
+        layers = self.n_hidden_layers or (2 if self.encoding == "hash" else 5)
+        return {
+            "otype": "FullyFusedMLP",
+            "activation": "ReLU",
+            "output_activation": "None",
+            "n_neurons": self.n_neurons,
+            "n_hidden_layers": layers,
+        }
+
+    def optimizer_config(self) -> dict[str, Any]:
+        """tiny-cuda-nn style optimizer."""
+        rate = self.learning_rate or (1e-2 if self.encoding == "hash" else 2e-3)
+        adam = {
+            "otype": "Adam",
+            "learning_rate": rate,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "epsilon": 1e-15,
+            "l2_reg": 1e-6,
+        }
+        return {"otype": "Ema", "decay": self.ema_decay, "nested": adam}
+
+
+class RadianceCache:
+    """Learns L_s(x, wo): radiance scattered at x towards wo, direct light included, emission of x excluded.
+
+    One prediction and one training call per frame::
+
+        cache = RadianceCache(bounds, CacheConfig(), device="cpu")
+        radiance = cache.query(queries)          # (n, 3), from the averaged weights
+        tails = cache.query_primary(suffix_ends)  # for self-training, from the weights being trained
+        cache.train(records, targets)
+
+    Args:
+        bounds: Lower and upper corner of the scene, (3,) each [scene units]. Ask and train inside only.
+        config: What it is made of.
+        max_queries: Records that one query may hold.
+        max_records: Records that one training call may hold.
+        device: Warp device.
+    """
+
+    def __init__(
+        self,
+        bounds: tuple[np.ndarray, np.ndarray],
+        config: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        *,
+        max_queries: int,
+        max_records: int,
+        device: Any = None,
+    ) -> None:
+        self.config, self.device = config, resolve_device(device)
+        lower, upper = (np.asarray(corner, float) for corner in bounds)
+        extent = float(np.max(upper - lower))
+        if lower.shape != (3,) or upper.shape != (3,) or not np.isfinite([lower, upper]).all() or extent <= 0.0:
+            raise ValueError(f"bounds must be two finite corners with positive extent, got {lower} and {upper}")
+        # A cube around the box keeps cells cubic; the margin keeps surfaces on its faces inside.
+        extent *= 1.01
+        self._box_lower = wp.vec3(*((lower + upper) / 2.0 - extent / 2.0))
+        self._inverse_extent = 1.0 / extent
+        device = self.device
+        self.field = Field(
+            int(kc.N_INPUTS), 3, config.encoding_config(), config.network_config(), seed=config.seed, device=device
+        )
+        self.trainer = Trainer(
+            self.field, {"otype": "RelativeL2Luminance"}, config.optimizer_config(), batch_size=config.batch_size
+        )
+        self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
+        self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
+        self._query_radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
+        self._query_invalid = wp.zeros(max_queries, dtype=int, device=device)
+        self._flag = wp.zeros(max_records, dtype=int, device=device)
+        self._place = wp.zeros(max_records, dtype=int, device=device)
+        self._record_invalid = wp.zeros(max_records, dtype=int, device=device)
+        self._n_valid = wp.zeros(1, dtype=int, device=device)
+        self._round = wp.zeros(1, dtype=int, device=device)
+        self._scale = wp.zeros(1, dtype=float, device=device)
+        b, n = config.batch_size, config.n_batches
+        x = wp.zeros((b * n, int(kc.N_INPUTS)), dtype=float, device=device)
+        y = wp.zeros((b * n, 3), dtype=float, device=device)
+        counts = wp.zeros((n, 1), dtype=int, device=device)
+        self._x, self._y, self._counts = x, y, counts
+        self._batches = [(x[i * b : (i + 1) * b], y[i * b : (i + 1) * b], counts[i]) for i in range(n)]
+        self._full_counts: dict[int, wp.array] = {}
+        self.reset()
+
+    def kernels(self) -> dict[str, wp.Kernel]:
+        """Kernels to compile before the first call, by the name to announce."""
+        return {"radiance cache": kc.shuffle_records, **self.field.kernels(), **self.trainer.kernels()}
+
+    def query(self, records: Records, count: wp.array | None = None) -> wp.array:
+        """Radiance [W m^-2 sr^-1] that leaves each record's point along wo, from the averaged (EMA) weights.
+
+        Args:
+            records: At most `max_queries`.
+            count: (1,) int on the device: how many of them to answer; None for all.
+
+        Returns:
+            (max_queries, 3) float, valid until the next query; rows from `count` on keep older values.
+        """
+        return self._query(records, count, self.trainer.ema_params)
+
+    def query_primary(self, records: Records, count: wp.array | None = None) -> wp.array:
+        """As `query`, from the weights being trained: the tails of self-training suffixes."""
+        return self._query(records, count, self.trainer.params)
+
+    def train(self, records: Records, targets: wp.array, count: wp.array | None = None) -> None:
+        """Learn from one frame: shuffle the records into batches and take one optimizer step on each.
+
+        Records whose inputs or targets are not finite, or whose targets are negative, are dropped and counted. With no
+        record left nothing changes. More records than the batches hold are dropped at random.
+
+        Args:
+            records: At most `max_records`.
+            targets: (capacity,) vec3 noisy estimates of the scattered radiance [W m^-2 sr^-1].
+            count: (1,) int on the device: how many of them there are; None for all.
+        """
+        config = self.config
+        n = records.capacity
+        if n > self._flag.shape[0]:
+            raise ValueError(f"{n} training records, but the cache was made for {self._flag.shape[0]} (max_records)")
+        if targets.shape[0] < n:
+            raise ValueError(f"{n} training records but {targets.shape[0]} targets")
+        count = self._full_count(n) if count is None else count
+        launch(
+            kc.flag_valid_records,
+            n,
+            inputs=[records.view, targets, count],
+            outputs=[self._flag, self._record_invalid],
+            device=self.device,
+        )
+        wp.utils.array_scan(self._flag[:n], self._place[:n], inclusive=False)
+        launch(
+            kc.begin_training_round,
+            1,
+            inputs=[config.n_batches, config.batch_size, records.view, targets, self._flag, self._place, count],
+            outputs=[self._scale, self._round, self._n_valid, self._counts],
+            device=self.device,
+        )
+        launch(
+            kc.shuffle_records,
+            n,
+            inputs=[
+                self._box_lower,
+                self._inverse_extent,
+                config.n_batches,
+                config.batch_size,
+                config.seed,
+                records.view,
+                targets,
+                self._flag,
+                self._place,
+                count,
+                self._n_valid,
+                self._round,
+                self._scale,
+            ],
+            outputs=[self._x, self._y],
+            device=self.device,
+        )
+        for x, y, batch_count in self._batches:
+            self.trainer.step(x, y, count=batch_count)
+
+    def reset(self) -> None:
+        """Forget everything: weights, moments, averages, the estimated radiance scale and all counters."""
+        self.trainer.reset()
+        self._scale.fill_(self.config.radiance_scale or 0.0)
+        for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):
+            counter.zero_()
+
+    def stats(self) -> dict[str, float]:
+        """Counters read back from the device: a synchronisation point.
+
+        Keys: records (used by the last `train`), rounds, dropped_records, invalid_queries, skipped_steps,
+        radiance_scale, bytes (device memory held).
+        """
+        return {
+            "records": int(min(self._n_valid.numpy()[0], self.config.n_training_records)),
+            "rounds": int(self._round.numpy()[0]),
+            "dropped_records": int(self._record_invalid.numpy().sum()),
+            "invalid_queries": int(self._query_invalid.numpy().sum()),
+            "skipped_steps": int(self.trainer.skipped_steps.numpy()[0]),
+            "radiance_scale": float(self._scale.numpy()[0]),
+        }
+
+    def _query(self, records: Records, count: wp.array | None, params: wp.array) -> wp.array:
+        n = records.capacity
+        if n > self._query_x.shape[0]:
+            raise ValueError(f"{n} queries, but the cache was made for {self._query_x.shape[0]} (max_queries)")
+        count = self._full_count(n) if count is None else count
+        launch(
+            kc.encode_records,
+            n,
+            inputs=[self._box_lower, self._inverse_extent, records.view, count],
+            outputs=[self._query_x],
+            device=self.device,
+        )
+        self.field.inference(self._query_x, self._query_y, params=params, count=count)
+        launch(
+            kc.decode_radiance,
+            n,
+            inputs=[records.view, count, self._query_y, self._scale],
+            outputs=[self._query_radiance, self._query_invalid],
+            device=self.device,
+        )
+        return self._query_radiance
+
+    def _full_count(self, n: int) -> wp.array:
+        if n not in self._full_counts:
+            self._full_counts[n] = wp.array([n], dtype=int, device=self.device)
+        return self._full_counts[n]

@@ -1,0 +1,361 @@
+"""`DeviceScene`: a `Scene` uploaded to a device as the arrays that kernels read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from nrc.bvh import Bvh
+from nrc.kernels import scene as ks
+from nrc.kernels import texture as kt
+from nrc.kernels.bsdf import Bsdf
+from nrc.kernels.camera import CameraView
+from nrc.launch import resolve_device
+from nrc.scene import (
+    MATERIAL_KINDS,
+    AnyTexture,
+    Camera,
+    Checkerboard,
+    Environment,
+    Material,
+    Mesh,
+    Scene,
+    SpotLight,
+    Texture,
+)
+
+_WRAP = {"repeat": 0, "clamp": 1, "mirror": 2}
+_ALPHA = {"opaque": 0, "mask": 1, "blend": 2}
+_TEXTURE_FIELDS = tuple(name for name in Material.__dataclass_fields__ if name.endswith("_texture"))
+_BSDF_SCALARS = (
+    "ior",
+    "metallic",
+    "transmission",
+    "specular_factor",
+    "spec_tint",
+    "anisotropic",
+    "sheen",
+    "sheen_tint",
+    "clearcoat",
+    "clearcoat_gloss",
+    "flatness",
+)
+_BSDF_COLORS = ("base_color", "specular", "transmittance", "eta", "k")
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+
+
+class DeviceScene:
+    """Device arrays of a scene.
+
+    Attributes:
+        scene: The host data.
+        device: Where the arrays live.
+        view: `SceneView` struct to pass to kernels; it keeps the arrays it refers to alive.
+        bounds: Lower and upper corner of the geometry, (3,) float each.
+    """
+
+    def __init__(self, scene: Scene, device: Any = None) -> None:
+        self.scene = scene
+        self.device = resolve_device(device)
+        self.bounds = scene.bounds
+        view = ks.SceneView()
+        self._upload_geometry(view)
+        self._upload_materials(view)
+        self._upload_environment(view)
+        self._upload_lights(view)
+        self.view = view
+
+    def camera_view(self, width: int, height: int, camera: Camera | None = None) -> CameraView:
+        """`CameraView` of `camera` (the scene's by default) for a picture of `width` × `height` [px]."""
+        camera = camera or self.scene.camera
+        view = CameraView()
+        matrix = np.asarray(camera.to_world, float)
+        axes = matrix[:3, :3] / np.linalg.norm(matrix[:3, :3], axis=0)
+        view.origin, view.x, view.y, view.z = (wp.vec3(*v) for v in (matrix[:3, 3], *axes.T))
+        view.half_width, view.half_height = camera.half_extents(width, height)
+        view.aperture_radius = camera.aperture_radius
+        view.focus_distance = camera.focus_distance
+        view.width = width
+        view.height = height
+        return view
+
+    def _array(self, values: np.ndarray, dtype: Any) -> wp.array:
+        return wp.array(np.ascontiguousarray(values), dtype=dtype, device=self.device)
+
+    def _upload_geometry(self, view: Any) -> None:
+        meshes = [mesh for mesh in self.scene.meshes if len(mesh.indices)]
+        first = np.cumsum([0] + [len(mesh.positions) for mesh in meshes])
+        positions = np.concatenate([mesh.positions for mesh in meshes])
+        indices = np.concatenate([mesh.indices + offset for mesh, offset in zip(meshes, first[:-1], strict=True)])
+        self._positions, self._indices = positions, indices.astype(np.int32)
+        self.bvh = Bvh(positions, self._indices, self.device)
+        view.accel = self.bvh.accel
+        view.positions = self._array(positions, wp.vec3)
+        view.indices = self._array(self._indices, wp.vec3i)
+        view.normals = self._array(_attribute(meshes, "normals", 3), wp.vec3)
+        view.uv0 = self._array(_attribute(meshes, "uv0", 2), wp.vec2)
+        view.uv1 = self._array(_attribute(meshes, "uv1", 2, fallback="uv0"), wp.vec2)
+        view.colors = self._array(_attribute(meshes, "colors", 4), wp.vec4)
+        view.tangents = self._array(_attribute(meshes, "tangents", 4), wp.vec4)
+        flags = {"normals": ks.HAS_NORMALS, "uv0": ks.HAS_UV, "colors": ks.HAS_COLORS, "tangents": ks.HAS_TANGENTS}
+        counts = [len(mesh.indices) for mesh in meshes]
+        attributes = [sum(int(f) for name, f in flags.items() if getattr(mesh, name) is not None) for mesh in meshes]
+        self._triangle_material = np.repeat([mesh.material for mesh in meshes], counts).astype(np.int32)
+        view.triangle_material = self._array(self._triangle_material, wp.int32)
+        view.triangle_attributes = self._array(np.repeat(attributes, counts).astype(np.int32), wp.int32)
+        lower, upper = self.bounds
+        self._center = (lower + upper) / 2.0
+        self._radius = max(float(np.linalg.norm(upper - lower)) / 2.0, 1e-6)
+        view.center = wp.vec3(*self._center)
+        view.radius = self._radius
+
+    def _upload_materials(self, view: Any) -> None:
+        has_colors = {mesh.material for mesh in self.scene.meshes if mesh.colors is not None}
+        textures = _TextureTable()
+        materials = [
+            _material_view(material, textures, i in has_colors) for i, material in enumerate(self.scene.materials)
+        ]
+        view.materials = wp.array(materials, dtype=ks.MaterialView, device=self.device)
+        view.textures = wp.array(textures.views or [kt.TextureView()], dtype=kt.TextureView, device=self.device)
+        texels = np.concatenate(textures.texels) if textures.texels else np.zeros(1, np.uint32)
+        if len(texels) >= 2**31:
+            raise ValueError(f"textures hold {len(texels)} texels; at most 2^31 - 1 fit")
+        view.texels = self._array(texels, wp.uint32)
+        code = np.arange(256) / 255.0
+        linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+        view.srgb_to_linear = self._array(linear.astype(np.float32), wp.float32)
+        view.has_alpha = int(any(material.alpha_mode != "opaque" for material in self.scene.materials))
+
+    def _upload_environment(self, view: Any) -> None:
+        environment = self.scene.environment or Environment.constant((0.0, 0.0, 0.0))
+        image = environment.image.astype(np.float64) * environment.scale
+        height, width = image.shape[:2]
+        rows, columns = _environment_cdfs(image)
+        view.environment = self._array(image.reshape(-1, 3).astype(np.float32), wp.vec3)
+        view.environment_width, view.environment_height = width, height
+        view.environment_rows = self._array(rows.astype(np.float32), wp.float32)
+        view.environment_columns = self._array(columns.astype(np.float32).ravel(), wp.float32)
+        view.environment_to_world = wp.mat33(*np.asarray(environment.to_world, float).ravel())
+        theta = (np.arange(height) + 0.5) / height * math.pi
+        solid_angle = np.sin(theta)[:, None] / (np.sin(theta).sum() * width) * 4.0 * math.pi
+        self._environment_power = float(
+            ((image @ _LUMINANCE) * solid_angle).sum() * math.pi * self._radius * self._radius
+        )
+
+    def _upload_lights(self, view: Any) -> None:
+        """Light table: emissive triangles, punctual lights, environment; chosen in proportion to power [W]."""
+        corners = self._positions[self._indices].astype(np.float64)
+        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2.0
+        emitted = np.array([_mean_emission(material) for material in self.scene.materials])
+        triangle_power = math.pi * area * emitted[self._triangle_material]
+        emissive = np.flatnonzero(triangle_power > 0.0)
+        triangle_light = np.full(len(self._indices), -1, np.int32)
+        triangle_light[emissive] = np.arange(len(emissive))
+
+        n_punctual = len(self.scene.lights)
+        has_environment = self.scene.environment is not None
+        table = np.zeros(len(emissive) + n_punctual + has_environment, ks.LightView.numpy_dtype())
+        table["triangle"] = -1
+        table["triangle"][: len(emissive)] = emissive
+        power = list(triangle_power[emissive])
+        for i, light in enumerate(self.scene.lights, start=len(emissive)):
+            row = table[i]
+            if hasattr(light, "position"):
+                row["position"] = light.position
+            if hasattr(light, "direction"):
+                row["direction"] = np.asarray(light.direction) / np.linalg.norm(light.direction)
+            if isinstance(light, SpotLight):
+                row["kind"] = ks.LIGHT_SPOT
+                row["inner_angle"], row["outer_angle"] = light.inner_angle, light.outer_angle
+                row["smooth"] = light.falloff == "smooth"
+                solid_angle = 2.0 * math.pi * (1.0 - math.cos((light.inner_angle + light.outer_angle) / 2.0))
+            else:
+                row["kind"] = ks.LIGHT_POINT if hasattr(light, "intensity") else ks.LIGHT_DIRECTIONAL
+                solid_angle = 4.0 * math.pi
+            if hasattr(light, "intensity"):
+                row["intensity"] = light.intensity
+                power.append(float(np.dot(light.intensity, _LUMINANCE)) * solid_angle)
+            else:
+                row["intensity"] = light.irradiance
+                power.append(float(np.dot(light.irradiance, _LUMINANCE)) * math.pi * self._radius**2)
+        if has_environment:
+            table[-1]["kind"] = ks.LIGHT_ENVIRONMENT
+            power.append(self._environment_power)
+        total = float(np.sum(power))
+        view.n_lights = len(table) if total > 0.0 else 0
+        pmf = np.asarray(power) / total if total > 0.0 else np.ones(1)
+        probability, alias = _alias_table(pmf)
+        view.environment_light = len(table) - 1 if has_environment else -1
+        if not len(table):
+            table = np.zeros(1, ks.LightView.numpy_dtype())
+        view.lights = wp.array(table, dtype=ks.LightView, device=self.device)
+        if total <= 0.0:
+            pmf = np.zeros(len(table))
+        view.light_pmf = self._array(pmf.astype(np.float32), wp.float32)
+        view.light_probability = self._array(probability.astype(np.float32), wp.float32)
+        view.light_alias = self._array(alias, wp.int32)
+        view.triangle_light = self._array(triangle_light, wp.int32)
+
+
+class _TextureTable:
+    """Textures of all materials; images are stored once however many textures look them up."""
+
+    def __init__(self) -> None:
+        self.views: list[Any] = []
+        self.texels: list[np.ndarray] = []
+        self._offset = 0
+        self._by_texture: dict[int, int] = {}
+        self._by_image: dict[int, int] = {}
+
+    def index(self, texture: AnyTexture | None) -> int:
+        if texture is None:
+            return -1
+        if id(texture) not in self._by_texture:
+            self._by_texture[id(texture)] = len(self.views)
+            self.views.append(self._view(texture))
+        return self._by_texture[id(texture)]
+
+    def _view(self, texture: AnyTexture) -> Any:
+        view = kt.TextureView()
+        view.uv_set = texture.uv_set
+        view.row_u, view.row_v = (wp.vec3(*row) for row in np.asarray(texture.transform, float))
+        if isinstance(texture, Checkerboard):
+            view.kind = kt.TEXTURE_CHECKERBOARD
+            view.width = view.height = 1024  # step of bump differences
+            view.color0, view.color1 = wp.vec3(*texture.color0), wp.vec3(*texture.color1)
+            return view
+        image = texture.image
+        if image.dtype == np.uint8:
+            view.kind = kt.TEXTURE_SRGB8 if texture.srgb else kt.TEXTURE_LINEAR8
+        else:
+            view.kind = kt.TEXTURE_FLOAT
+        view.height, view.width = image.shape[:2]
+        view.wrap_u, view.wrap_v = _WRAP[texture.wrap_u], _WRAP[texture.wrap_v]
+        view.nearest = int(texture.filter == "nearest")
+        if id(image) not in self._by_image:
+            packed = _packed_texels(texture)
+            self._by_image[id(image)] = self._offset
+            self.texels.append(packed)
+            self._offset += len(packed)
+        view.offset = self._by_image[id(image)]
+        return view
+
+
+def _packed_texels(texture: Texture) -> np.ndarray:
+    """RGBA of every texel as uint32: four bytes in one, or four floats."""
+    image = texture.image
+    channels = image.shape[2]
+    opaque = 255 if image.dtype == np.uint8 else 1.0
+    rgba = np.full((*image.shape[:2], 4), opaque, image.dtype)
+    rgba[..., :3] = image[..., :3] if channels >= 3 else image[..., :1]
+    if channels in (2, 4):
+        rgba[..., 3] = image[..., -1]
+    if image.dtype == np.float32 and texture.srgb:
+        c = rgba[..., :3]
+        rgba[..., :3] = np.where(c <= 0.04045, c / 12.92, ((np.maximum(c, 0.0) + 0.055) / 1.055) ** 2.4)
+    return np.ascontiguousarray(rgba).view(np.uint32).ravel()
+
+
+def _material_view(material: Material, textures: _TextureTable, has_colors: bool) -> Any:
+    view = ks.MaterialView()
+    bsdf = Bsdf()
+    bsdf.kind = MATERIAL_KINDS.index(material.kind)
+    for name in _BSDF_SCALARS:
+        setattr(bsdf, name, float(getattr(material, name)))
+    for name in _BSDF_COLORS:
+        setattr(bsdf, name, wp.vec3(*getattr(material, name)))
+    bsdf.alpha = wp.vec2(material.roughness[0] ** 2, material.roughness[1] ** 2)
+    bsdf.beckmann = int(material.distribution == "beckmann")
+    bsdf.nonlinear = int(material.nonlinear)
+    view.bsdf = bsdf
+    for name in _TEXTURE_FIELDS:
+        setattr(view, name, textures.index(getattr(material, name)))
+    view.is_textured = int(has_colors or any(getattr(material, name) is not None for name in _TEXTURE_FIELDS))
+    view.emission = wp.vec3(*material.emission)
+    view.emission_two_sided = int(material.emission_two_sided)
+    view.opacity = material.opacity
+    view.opacity_from_base_color = int(material.opacity_from_base_color)
+    view.alpha_mode = _ALPHA[material.alpha_mode]
+    view.alpha_cutoff = material.alpha_cutoff
+    refracts = material.kind in ("dielectric", "thin_dielectric") or (
+        material.kind == "principled" and material.transmission > 0.0
+    )
+    view.two_sided = int(material.two_sided and not refracts)
+    view.normal_scale = material.normal_scale
+    view.bump_scale = material.bump_scale
+    return view
+
+
+def _attribute(meshes: list[Mesh], name: str, width: int, fallback: str | None = None) -> np.ndarray:
+    """A vertex attribute over all meshes, zeros where a mesh lacks it; one row where all do."""
+    if all(getattr(mesh, name) is None for mesh in meshes):
+        return np.zeros((1, width), np.float32)
+    rows = []
+    for mesh in meshes:
+        value = getattr(mesh, name)
+        if value is None and fallback is not None:
+            value = getattr(mesh, fallback)
+        rows.append(np.zeros((len(mesh.positions), width), np.float32) if value is None else value)
+    return np.concatenate(rows)
+
+
+def _mean_emission(material: Material) -> float:
+    """Luminance of the emission, averaged over its texture's texels, counting both sides if both emit."""
+    emission = np.asarray(material.emission, float)
+    if not material.emits:
+        return 0.0
+    texture = material.emission_texture
+    if isinstance(texture, Texture):
+        image = texture.image[..., :3].reshape(-1, min(texture.image.shape[2], 3)).astype(np.float64)
+        if texture.image.dtype == np.uint8:
+            image /= 255.0
+        if texture.srgb:
+            image = image**2.2  # only a selection probability
+        emission = emission * image.mean(axis=0)
+    elif isinstance(texture, Checkerboard):
+        emission = emission * (np.asarray(texture.color0) + np.asarray(texture.color1)) / 2.0
+    return float(emission @ _LUMINANCE) * (2.0 if material.emission_two_sided else 1.0)
+
+
+def _environment_cdfs(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Marginal CDF over rows (height + 1,) and conditional CDFs over columns (height, width + 1).
+
+    A texel's weight is the mean luminance of its 3×3 neighbourhood, because bilinear lookup spreads texels that far, times
+    the sine of its polar angle.
+    """
+    height, width = image.shape[:2]
+    value = image @ _LUMINANCE
+    value = (np.roll(value, 1, axis=1) + 2.0 * value + np.roll(value, -1, axis=1)) / 4.0
+    padded = np.pad(value, ((1, 1), (0, 0)), mode="edge")
+    value = (padded[:-2] + 2.0 * padded[1:-1] + padded[2:]) / 4.0
+    value *= np.sin((np.arange(height) + 0.5) / height * math.pi)[:, None]
+    per_row = value.sum(axis=1)
+    uniform = np.arange(width + 1) / width
+    columns = np.zeros((height, width + 1))
+    columns[:, 1:] = np.cumsum(value, axis=1)
+    columns = np.where(per_row[:, None] > 0.0, columns / np.maximum(per_row[:, None], 1e-300), uniform)
+    total = per_row.sum()
+    rows = np.concatenate([[0.0], np.cumsum(per_row)]) / total if total > 0.0 else np.arange(height + 1) / height
+    columns[:, -1] = rows[-1] = 1.0
+    return rows, columns
+
+
+def _alias_table(pmf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Walker alias table of a probability mass function (Vose 1991): acceptance probability and alias per entry."""
+    n = len(pmf)
+    probability = pmf * n
+    alias = np.arange(n, dtype=np.int32)
+    small = [int(i) for i in np.flatnonzero(probability < 1.0)]
+    large = [int(i) for i in np.flatnonzero(probability >= 1.0)]
+    while small and large:
+        i, j = small.pop(), large[-1]
+        alias[i] = j
+        probability[j] -= 1.0 - probability[i]
+        if probability[j] < 1.0:
+            small.append(large.pop())
+    for i in small + large:
+        probability[i] = 1.0
+    return probability, alias

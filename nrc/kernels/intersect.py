@@ -1,0 +1,200 @@
+"""Ray-triangle intersection: the closest hit and the any-hit query of the path tracer.
+
+On CUDA both queries are Warp's. On the CPU they traverse an eight-wide hierarchy (`nrc.kernels.bvh_build`) and test
+the eight boxes of a node, or the eight triangles of a leaf, at once with Clang's portable vector types.
+"""
+
+import warp as wp
+
+from nrc.kernels.bvh_build import LEAF_BIT, NODE_FLOATS, STACK_SIZE, WIDTH
+
+wp.set_module_options({"enable_backward": False})
+
+BLOCK_FLOATS = 80  # a leaf: rows of WIDTH: x y z of vertices 0, 1, 2, and the face (as bits)
+
+
+@wp.struct
+class Accel:
+    """Acceleration structure of one triangle mesh, filled by `nrc.bvh.Bvh`: a Warp mesh or two CPU addresses."""
+
+    mesh: wp.uint64  # CUDA: id of the wp.Mesh
+    nodes: wp.uint64  # CPU: (n_nodes, NODE_FLOATS) float32
+    blocks: wp.uint64  # CPU: (n_leaves, BLOCK_FLOATS) float32
+
+
+@wp.struct
+class Hit:
+    """Closest intersection: the point is (1 - u - v) p0 + u p1 + v p2 of triangle `face`; `face` is -1 for a miss."""
+
+    t: float
+    face: int
+    u: float
+    v: float
+
+
+# Slabs: (plane - o) / d with the exit distance enlarged to cover rounding (Ize 2013), also that of the triangle test.
+# Triangles: Woop, Benthin and Wald 2013, "Watertight Ray/Triangle Intersection". The edge functions are evaluated as
+# Kahan's difference of products, so that their sign is exact and neighbours agree about their shared edge.
+_TRAVERSE = f"""
+    typedef float F __attribute__((vector_size({4 * WIDTH})));
+    typedef bool B __attribute__((ext_vector_type({WIDTH})));
+    auto bits = [](auto mask) {{
+        B b = __builtin_convertvector(mask, B);
+        unsigned char m;
+        __builtin_memcpy(&m, &b, 1);
+        return (unsigned)m;
+    }};
+    auto smaller = [](F a, F b) {{ return a < b ? a : b; }};
+    auto larger = [](F a, F b) {{ return a > b ? a : b; }};
+    auto product_difference = [](F a, F b, F c, F d) {{
+        F cd = c * d;
+        return __builtin_elementwise_fma(a, b, -cd) + __builtin_elementwise_fma(-c, d, cd);
+    }};
+    const F* nodes = (const F*)accel.nodes;
+    const F* blocks = (const F*)accel.blocks;
+
+    // Rows of a node's near planes; those of the far planes are three on or back.
+    float inv[3];
+    int near[3], far[3];
+    for (int a = 0; a < 3; ++a) {{
+        inv[a] = 1.0f / (__builtin_fabsf(d[a]) > 1e-20f ? d[a] : __builtin_copysignf(1e-20f, d[a]));
+        near[a] = inv[a] < 0.0f ? 3 + a : a;
+        far[a] = inv[a] < 0.0f ? a : 3 + a;
+    }}
+
+    // Shear that turns the ray into the z axis.
+    int kz = __builtin_fabsf(d[0]) > __builtin_fabsf(d[1]) ? 0 : 1;
+    if (__builtin_fabsf(d[2]) > __builtin_fabsf(d[kz])) kz = 2;
+    const int kx = (kz + 1) % 3, ky = (kz + 2) % 3;
+    const float sz = 1.0f / d[kz], sx = d[kx] * sz, sy = d[ky] * sz;
+
+    const F zero = {{}}, shear_x = zero - sx, shear_y = zero - sy;
+    unsigned long long stack[{STACK_SIZE}];  // entry distance (non-negative, so its bits sort) and reference
+    int size = 0;
+    unsigned current = 0;
+    float t = t_max;
+    while (true) {{
+        if (current & {LEAF_BIT}u) {{
+            const F* block = blocks + (size_t)(current & {LEAF_BIT - 1}u) * {BLOCK_FLOATS // WIDTH};
+            F az = block[kz] - o[kz], bz = block[3 + kz] - o[kz], cz = block[6 + kz] - o[kz];
+            F ax = __builtin_elementwise_fma(shear_x, az, block[kx] - o[kx]), ay = __builtin_elementwise_fma(shear_y, az, block[ky] - o[ky]);
+            F bx = __builtin_elementwise_fma(shear_x, bz, block[3 + kx] - o[kx]), by = __builtin_elementwise_fma(shear_y, bz, block[3 + ky] - o[ky]);
+            F cx = __builtin_elementwise_fma(shear_x, cz, block[6 + kx] - o[kx]), cy = __builtin_elementwise_fma(shear_y, cz, block[6 + ky] - o[ky]);
+            F u = product_difference(cx, by, cy, bx);
+            F v = product_difference(ax, cy, ay, cx);
+            F w = product_difference(bx, ay, by, ax);
+            F least = smaller(u, smaller(v, w));
+            F most = larger(u, larger(v, w));
+            F det = u + v + w;
+            auto inside = ((least >= 0.0f) | (most <= 0.0f)) & (det != 0.0f);
+            if (bits(inside)) {{
+                F distance = (u * az + v * bz + w * cz) * sz / det;
+                unsigned hits = bits(inside & (distance > 0.0f) & (distance < t));
+                ON_HITS
+            }}
+        }} else {{
+            const F* node = nodes + (size_t)current * {NODE_FLOATS // WIDTH};
+            F enter = larger(
+                larger((node[near[0]] - o[0]) * inv[0], (node[near[1]] - o[1]) * inv[1]),
+                larger((node[near[2]] - o[2]) * inv[2], zero));
+            F leave = smaller(
+                smaller((node[far[0]] - o[0]) * inv[0], (node[far[1]] - o[1]) * inv[1]),
+                smaller((node[far[2]] - o[2]) * inv[2], zero + t));
+            unsigned children = bits(enter <= leave * 1.000001f);
+            if (children) {{
+                const unsigned* reference = (const unsigned*)(node + 6);
+                unsigned i = __builtin_ctz(children);
+                children &= children - 1;
+                if (!children) {{
+                    current = reference[i];
+                    continue;
+                }}
+                unsigned entry_bits[{WIDTH}];
+                __builtin_memcpy(entry_bits, &enter, sizeof(enter));
+                unsigned long long nearest = (unsigned long long)entry_bits[i] << 32 | reference[i];
+                const int base = size;
+                do {{
+                    i = __builtin_ctz(children);
+                    children &= children - 1;
+                    unsigned long long entry = (unsigned long long)entry_bits[i] << 32 | reference[i];
+                    if (entry < nearest) {{
+                        unsigned long long swapped = entry;
+                        entry = nearest;
+                        nearest = swapped;
+                    }}
+                    int place = size++;
+                    for (; place > base && stack[place - 1] < entry; --place) stack[place] = stack[place - 1];
+                    stack[place] = entry;
+                }} while (children);
+                current = (unsigned)nearest;
+                continue;
+            }}
+        }}
+        unsigned t_bits;
+        __builtin_memcpy(&t_bits, &t, 4);
+        do {{
+            if (!size) RETURN;
+            current = (unsigned)stack[--size];
+        }} while ((unsigned)(stack[size] >> 32) > t_bits);
+    }}
+"""
+
+_CLOSEST = f"""
+#if defined(__CUDA_ARCH__)
+    float sign;
+    wp::vec3 normal;
+    float weight_0, weight_1;  // Warp's u and v weigh p0 and p1
+    if (wp::mesh_query_ray(accel.mesh, o, d, t_max, hit.t, weight_0, weight_1, sign, normal, hit.face)) {{
+        hit.u = weight_1;
+        hit.v = 1.0f - weight_0 - weight_1;
+    }}
+#else
+    {
+    _TRAVERSE.replace("RETURN", "return").replace(
+        "ON_HITS",
+        '''while (hits) {
+                    unsigned i = __builtin_ctz(hits);
+                    hits &= hits - 1;
+                    if (distance[i] < t) {
+                        hit.t = t = distance[i];
+                        hit.u = v[i] / det[i];
+                        hit.v = w[i] / det[i];
+                        hit.face = ((const int*)(block + 9))[i];
+                    }
+                }''',
+    )
+}
+#endif
+"""
+
+_OCCLUDED = f"""
+#if defined(__CUDA_ARCH__)
+    return wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max);
+#else
+    {_TRAVERSE.replace("RETURN", "return false").replace("ON_HITS", "if (hits) return true;")}
+#endif
+"""
+
+
+@wp.func_native(_CLOSEST)
+def _query_closest(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float, hit: wp.ref[Hit]): ...
+
+
+@wp.func_native(_OCCLUDED)
+def _query_any(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> bool: ...
+
+
+@wp.func
+def ray_closest(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> Hit:
+    """Closest hit with 0 < t < t_max along the unit direction d."""
+    hit = Hit()
+    hit.t = t_max
+    hit.face = -1
+    _query_closest(accel, o, d, t_max, hit)
+    return hit
+
+
+@wp.func
+def ray_occluded(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> bool:
+    """Whether anything is hit with 0 < t < t_max along the unit direction d."""
+    return _query_any(accel, o, d, t_max)

@@ -1,0 +1,351 @@
+"""The path tracing megakernel: camera rays to radiance, cache queries and training records.
+
+One path per pixel and frame, with next-event estimation, multiple importance sampling (balance heuristic) and Russian
+roulette. A path that ends in the cache leaves a query record. Training paths go on behind it and leave a record for every
+vertex, with the coefficients (A, B) of the target's recursion T_i = A_i + B_i T_{i+1}, to be gathered backwards once the
+value at the end of the suffix is known (Müller et al. 2021, section 3).
+
+Whatever happens at a vertex that gets no record of its own (a delta bounce, or one beyond the record capacity) is folded
+into the record before it: that record's A collects the radiance, its B the throughput, until the next record opens.
+"""
+
+import warp as wp
+
+from nrc.kernels.bsdf import (
+    bsdf_albedo,
+    bsdf_eval_pdf,
+    bsdf_has_smooth_lobe,
+    bsdf_roughness,
+    bsdf_sample,
+)
+from nrc.kernels.camera import CameraView, camera_ray
+from nrc.kernels.intersect import ray_closest
+from nrc.kernels.light import (
+    environment_radiance,
+    light_pdf_environment,
+    light_pdf_triangle,
+    light_sample,
+)
+from nrc.kernels.rng import mix64, rng_float, rng_init, rng_next
+from nrc.kernels.sampling import PI, max_component, to_local, to_world
+from nrc.kernels.scene import (
+    MAX_ALPHA_LAYERS,
+    SHADOW_EPSILON,
+    SceneView,
+    Surface,
+    hit_opacity,
+    offset_origin,
+    shadow_transmittance,
+    surface_at,
+    triangle_normal,
+)
+
+wp.set_module_options({"enable_backward": False})
+
+INTEGRATOR_PATH = wp.constant(0)
+INTEGRATOR_NRC = wp.constant(1)
+INTEGRATOR_CACHE = wp.constant(2)
+
+MIN_COS = wp.constant(1.0e-3)  # bounds a vertex' footprint at grazing incidence
+INFINITE = wp.constant(1.0e30)
+
+
+@wp.struct
+class TraceParams:
+    """What stays the same for all paths of a frame."""
+
+    integrator: int
+    seed: int
+    frame: int
+    max_depth: int  # edges from the camera
+    rr_depth: int
+    spread_threshold: float  # c of Eq. 4, Müller et al. 2021
+    box_lower: wp.vec3  # where the cache is defined
+    box_upper: wp.vec3
+    train: int
+    tile_size: int  # [px], one training path per tile
+    tiles_x: int
+    tile_offset_x: int  # [px], which pixel of each tile trains in this frame
+    tile_offset_y: int
+    max_records: int  # per training path
+    unbiased_fraction: float  # of training paths that end by Russian roulette alone
+
+
+@wp.struct
+class RecordView:
+    """Cache inputs at surface points, structure of arrays."""
+
+    position: wp.array[wp.vec3]
+    wo: wp.array[wp.vec3]  # towards the previous vertex
+    normal: wp.array[wp.vec3]  # shading normal on wo's side
+    roughness: wp.array[float]  # perceptual
+    diffuse: wp.array[wp.vec3]  # diffuse albedo
+    specular: wp.array[wp.vec3]  # specular albedo
+
+
+@wp.struct
+class TrainingView:
+    """What training paths leave behind: `max_records` places per path (slot), and one tail."""
+
+    records: RecordView
+    offset: wp.array[wp.vec3]  # A of T_i = A_i + B_i T_{i+1}
+    factor: wp.array[wp.vec3]  # B
+    count: wp.array[int]  # records of each slot
+    tail: RecordView  # vertex at the end of the suffix, one per slot
+    has_tail: wp.array[int]
+
+
+@wp.func
+def write_record(view: RecordView, i: int, surface: Surface, wo: wp.vec3, wo_local: wp.vec3):
+    """Describe the surface point to the cache; `wo_local` is in the (turned) shading frame."""
+    view.position[i] = surface.p
+    view.wo[i] = wo
+    view.normal[i] = wp.where(wp.dot(surface.frame.n, wo) < 0.0, -surface.frame.n, surface.frame.n)
+    view.roughness[i] = bsdf_roughness(surface.bsdf)
+    albedo = bsdf_albedo(surface.bsdf, wo_local)
+    view.diffuse[i] = albedo.diffuse
+    view.specular[i] = albedo.specular
+
+
+@wp.func
+def spread_increment(distance: float, pdf: float, cos_arrival: float) -> float:
+    """Square root of one vertex' footprint area [length] (Eq. 3, Müller et al. 2021)."""
+    return distance / wp.sqrt(wp.max(pdf * wp.max(cos_arrival, MIN_COS), 1.0e-20))
+
+
+@wp.func
+def primary_footprint(distance: float, cos_arrival: float) -> float:
+    """Area a_0 that the first vertex covers as seen from the camera (Eq. 4, Müller et al. 2021)."""
+    return distance * distance / (4.0 * PI * wp.max(cos_arrival, MIN_COS))
+
+
+@wp.func
+def inside_box(p: wp.vec3, lower: wp.vec3, upper: wp.vec3) -> bool:
+    """Whether the cache is defined at `p`."""
+    return (
+        p[0] >= lower[0]
+        and p[1] >= lower[1]
+        and p[2] >= lower[2]
+        and p[0] <= upper[0]
+        and p[1] <= upper[1]
+        and p[2] <= upper[2]
+    )
+
+
+@wp.func
+def training_slot(params: TraceParams, x: int, y: int) -> int:
+    """Slot of the training path through pixel (x, y), -1 for the others."""
+    if params.train == 0:
+        return -1
+    if x % params.tile_size != params.tile_offset_x or y % params.tile_size != params.tile_offset_y:
+        return -1
+    return (y // params.tile_size) * params.tiles_x + x // params.tile_size
+
+
+@wp.kernel
+def trace_paths(
+    first: int,
+    # Scene
+    scene: SceneView,
+    camera: CameraView,
+    # Params
+    params: TraceParams,
+    # Out
+    out_radiance: wp.array[wp.vec3],  # (pixels,) found before the path ended [W m^-2 sr^-1]
+    out_query: RecordView,  # (pixels,)
+    out_query_weight: wp.array[wp.vec3],  # (pixels,) throughput up to the query
+    out_query_vertex: wp.array[int],  # (pixels,) index of the queried vertex from 1, 0 for none
+    out_training: TrainingView,
+):
+    """Trace one path through each pixel. One thread per path."""
+    i = first + wp.tid()
+    x = i % camera.width
+    y = i // camera.width
+    rng = rng_init(params.seed, params.frame, i)
+    rng = rng_next(rng)
+    u0 = rng_float(rng)
+    rng = rng_next(rng)
+    u1 = rng_float(rng)
+    rng = rng_next(rng)
+    u2 = rng_float(rng)
+    rng = rng_next(rng)
+    u3 = rng_float(rng)
+    ray = camera_ray(camera, x, y, wp.vec2(u0, u1), wp.vec2(u2, u3))
+    o = ray.o
+    d = ray.d
+    previous = ray.o
+
+    L = wp.vec3(0.0, 0.0, 0.0)
+    beta = wp.vec3(1.0, 1.0, 1.0)
+    eta = float(1.0)
+    pdf = float(0.0)  # of the direction d; meaningless after a delta bounce
+    delta = int(1)
+    footprint = float(0.0)  # a_0
+    spread = float(0.0)  # square root of the path's spread
+    suffix = int(0)  # 1 behind the query vertex
+    query_vertex = int(0)
+    roulette_start = int(0)
+
+    slot = training_slot(params, x, y)
+    unbiased = int(0)
+    n_records = int(0)
+    A = wp.vec3(0.0, 0.0, 0.0)
+    B = wp.vec3(0.0, 0.0, 0.0)
+    tail = int(0)
+    if slot >= 0:
+        lottery = mix64((wp.uint64(wp.uint32(params.frame)) << wp.uint64(32)) + wp.uint64(wp.uint32(slot)))
+        if rng_float(lottery) < params.unbiased_fraction:
+            unbiased = 1
+
+    vertex = int(0)
+    while vertex < params.max_depth:
+        hit = ray_closest(scene.accel, o, d, INFINITE)
+        if scene.has_alpha != 0:
+            for _ in range(MAX_ALPHA_LAYERS):
+                if hit.face >= 0:
+                    opacity = hit_opacity(scene, hit)
+                    if opacity < 1.0:
+                        rng = rng_next(rng)
+                        if rng_float(rng) >= opacity:
+                            o = offset_origin(o + hit.t * d, wp.normalize(triangle_normal(scene, hit.face)), d)
+                            hit = ray_closest(scene.accel, o, d, INFINITE)
+                        else:
+                            break
+                    else:
+                        break
+                else:
+                    break
+        if hit.face < 0:
+            if scene.environment_light >= 0:
+                value = environment_radiance(scene, d)
+                if delta == 0:
+                    value *= pdf / (pdf + light_pdf_environment(scene, d))
+                if suffix == 0:
+                    L += wp.cw_mul(beta, value)
+                A += wp.cw_mul(B, value)
+            break
+
+        surface = surface_at(scene, hit, d)
+        wo = -d
+        distance = wp.length(surface.p - previous)
+        cos_arrival = wp.abs(wp.dot(surface.ng, d))
+
+        # Emission, with the weight of having found it by BSDF sampling.
+        if max_component(surface.emission) > 0.0:
+            value = surface.emission
+            if delta == 0:
+                value *= pdf / (pdf + light_pdf_triangle(scene, hit.face, distance, d))
+            if suffix == 0:
+                L += wp.cw_mul(beta, value)
+            A += wp.cw_mul(B, value)
+        if vertex + 1 >= params.max_depth:
+            break
+
+        # The path's area spread and the decision to end it in the cache.
+        if vertex == 0:
+            footprint = primary_footprint(distance, cos_arrival)
+        elif delta == 0:
+            spread += spread_increment(distance, pdf, cos_arrival)
+        wo_local = to_local(surface.frame, wo)
+        flip = float(1.0)
+        if surface.two_sided != 0 and wo_local[2] < 0.0:
+            flip = -1.0
+            wo_local = wp.vec3(wo_local[0], wo_local[1], -wo_local[2])
+        smooth = bsdf_has_smooth_lobe(surface.bsdf)
+        cacheable = smooth and inside_box(surface.p, params.box_lower, params.box_upper)
+        if params.integrator != INTEGRATOR_PATH and cacheable:
+            wide = spread * spread > params.spread_threshold * footprint
+            if suffix == 0:
+                if (wide and vertex > 0) or params.integrator == INTEGRATOR_CACHE:
+                    write_record(out_query, i, surface, wo, wo_local)
+                    out_query_weight[i] = beta
+                    query_vertex = vertex + 1
+                    if slot < 0:
+                        break
+                    suffix = 1
+                    spread = float(0.0)
+                    beta = wp.vec3(1.0, 1.0, 1.0)
+                    eta = float(1.0)
+                    roulette_start = vertex
+            elif wide and unbiased == 0:
+                write_record(out_training.tail, slot, surface, wo, wo_local)
+                tail = 1
+                break
+
+        # Russian roulette.
+        if vertex - roulette_start >= params.rr_depth:
+            q = wp.min(max_component(beta) * eta * eta, 0.95)
+            rng = rng_next(rng)
+            if rng_float(rng) >= q:
+                break
+            beta = beta / q
+            B = B / q
+
+        if slot >= 0 and cacheable and n_records < params.max_records:
+            place = slot * params.max_records + n_records
+            if n_records > 0:
+                out_training.offset[place - 1] = A
+                out_training.factor[place - 1] = B
+            write_record(out_training.records, place, surface, wo, wo_local)
+            n_records += 1
+            A = wp.vec3(0.0, 0.0, 0.0)
+            B = wp.vec3(1.0, 1.0, 1.0)
+
+        # Next-event estimation.
+        if smooth:
+            rng = rng_next(rng)
+            u0 = rng_float(rng)
+            rng = rng_next(rng)
+            u1 = rng_float(rng)
+            rng = rng_next(rng)
+            u2 = rng_float(rng)
+            light = light_sample(scene, surface.p, u0, wp.vec2(u1, u2))
+            if light.pdf > 0.0 and max_component(light.value) > 0.0:
+                wi_local = to_local(surface.frame, light.wi)
+                wi_local = wp.vec3(wi_local[0], wi_local[1], flip * wi_local[2])
+                f_pdf = bsdf_eval_pdf(surface.bsdf, wo_local, wi_local)
+                f = wp.vec3(f_pdf[0], f_pdf[1], f_pdf[2])
+                if max_component(f) > 0.0:
+                    origin = offset_origin(surface.p, surface.ng, light.wi)
+                    to_light = surface.p + light.distance * light.wi - origin
+                    length = wp.length(to_light)
+                    visible = shadow_transmittance(scene, origin, to_light / length, length * (1.0 - SHADOW_EPSILON))
+                    if visible > 0.0:
+                        weight = visible * wp.abs(wi_local[2]) / light.pdf
+                        if light.delta == 0:
+                            weight *= light.pdf / (light.pdf + f_pdf[3])
+                        value = wp.cw_mul(f, light.value) * weight
+                        if suffix == 0:
+                            L += wp.cw_mul(beta, value)
+                        A += wp.cw_mul(B, value)
+
+        # Next direction.
+        rng = rng_next(rng)
+        u0 = rng_float(rng)
+        rng = rng_next(rng)
+        u1 = rng_float(rng)
+        rng = rng_next(rng)
+        u2 = rng_float(rng)
+        bounce = bsdf_sample(surface.bsdf, wo_local, wp.vec3(u0, u1, u2))
+        if max_component(bounce.weight) <= 0.0:
+            break
+        d = wp.normalize(to_world(surface.frame, wp.vec3(bounce.wi[0], bounce.wi[1], flip * bounce.wi[2])))
+        pdf = bounce.pdf
+        delta = bounce.delta
+        eta *= bounce.eta
+        beta = wp.cw_mul(beta, bounce.weight)
+        B = wp.cw_mul(B, bounce.weight)
+        previous = surface.p
+        o = offset_origin(surface.p, surface.ng, d)
+        vertex += 1
+
+    out_radiance[i] = L
+    if params.integrator != INTEGRATOR_PATH:
+        out_query_vertex[i] = query_vertex
+        if slot >= 0:
+            if n_records > 0:
+                place = slot * params.max_records + n_records - 1
+                out_training.offset[place] = A
+                out_training.factor[place] = B * float(tail)
+            out_training.count[slot] = n_records
+            out_training.has_tail[slot] = tail * wp.min(n_records, 1)

@@ -1,0 +1,224 @@
+"""`PathTracer`: camera rays to radiance, and the records that a radiance cache consumes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import warp as wp
+
+from nrc.device_scene import DeviceScene
+from nrc.kernels import records as kr
+from nrc.kernels import trace as kt
+from nrc.launch import launch
+from nrc.records import Records
+from nrc.scene import Camera
+
+Integrator = Literal["path", "nrc", "cache"]
+_INTEGRATORS = {"path": kt.INTEGRATOR_PATH, "nrc": kt.INTEGRATOR_NRC, "cache": kt.INTEGRATOR_CACHE}
+UNLIMITED_DEPTH = 2**30
+
+
+@dataclass(frozen=True)
+class PathTracerConfig:
+    """How paths are traced.
+
+    Attributes:
+        integrator: "path" follows every path to its end; "nrc" ends it in the cache where its footprint has spread
+            (Müller et al. 2021); "cache" asks the cache at the first vertex that is not a mirror.
+        max_depth: Longest path in edges from the camera: 1 shows emitters only, 2 adds direct light; -1 is unlimited.
+        rr_depth: Edges after which Russian roulette may end a path.
+        spread_threshold: c of the termination test a > c a_0.
+        max_records: Training records per path at most; longer paths go on unrecorded.
+        unbiased_fraction: Fraction of training paths that end by Russian roulette alone.
+        seed: Same seed, same picture.
+    """
+
+    integrator: Integrator = "nrc"
+    max_depth: int = 16
+    rr_depth: int = 5
+    spread_threshold: float = 0.01
+    max_records: int = 8
+    unbiased_fraction: float = 1.0 / 16.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.integrator not in _INTEGRATORS:
+            raise ValueError(f"integrator must be one of {', '.join(_INTEGRATORS)}, got {self.integrator!r}")
+        if self.max_depth == 0 or self.max_depth < -1:
+            raise ValueError(f"max_depth must be positive, or -1 for unlimited, got {self.max_depth}")
+        if self.rr_depth < 1:
+            raise ValueError(f"rr_depth must be at least 1, got {self.rr_depth}")
+        if not self.spread_threshold >= 0.0:
+            raise ValueError(f"spread_threshold must be >= 0, got {self.spread_threshold}")
+        if self.max_records < 1:
+            raise ValueError(f"max_records must be at least 1, got {self.max_records}")
+
+
+class PathTracer:
+    """Traces one path per pixel and call.
+
+    Args:
+        scene: Uploaded scene.
+        width, height: Picture size [px].
+        config: How to trace.
+        max_training_paths: Most training paths of a frame.
+        box: Lower and upper corner of where the cache is defined; the scene's bounds by default. Vertices outside are
+            traced on.
+
+    Attributes:
+        radiance: (pixels,) vec3, what the last frame's paths found themselves [W m^-2 sr^-1].
+        query_vertex: (pixels,) int, at which vertex (from 1) a path ended in the cache, 0 where it did not.
+        query_weight: (pixels,) vec3 throughput up to there.
+        query_place: (pixels,) int, row of the pixel's record in `queries`.
+        queries, n_queries: Records to ask the cache about, and their number (device, (1,) int).
+        tails, n_tails: Records at the ends of training suffixes.
+        records, targets, vertex_index, n_records: Training records after `gather_targets`.
+    """
+
+    def __init__(
+        self,
+        scene: DeviceScene,
+        width: int,
+        height: int,
+        config: PathTracerConfig,
+        *,
+        max_training_paths: int = 1,
+        box: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        if width < 1 or height < 1:
+            raise ValueError(f"picture size must be positive, got {width}x{height}")
+        self.scene, self.device = scene, scene.device
+        self.width, self.height, self.config = width, height, config
+        self.camera = scene.camera_view(width, height)
+        device = self.device
+        with_cache = config.integrator != "path"
+        n_pixels = width * height
+        self.n_pixels = n_pixels
+        self.max_training_paths = max_training_paths if with_cache else 1
+        self.radiance = wp.zeros(n_pixels, dtype=wp.vec3, device=device)
+        n_queries = n_pixels if with_cache else 1
+        self.query_vertex = wp.zeros(n_queries, dtype=int, device=device)
+        self.query_weight = wp.zeros(n_queries, dtype=wp.vec3, device=device)
+        self.query_place = wp.zeros(n_queries, dtype=int, device=device)
+        self._query_flag = wp.zeros(n_queries, dtype=int, device=device)
+        self._pixel_queries = Records(n_queries, device)
+        self.queries = Records(n_queries, device)
+        self.n_queries = wp.zeros(1, dtype=int, device=device)
+
+        slots = self.max_training_paths
+        n_staged = slots * config.max_records
+        self._staged = kt.TrainingView()
+        self._staged_records = Records(n_staged, device)
+        self._staged.records = self._staged_records.view
+        self._staged.offset = wp.zeros(n_staged, dtype=wp.vec3, device=device)
+        self._staged.factor = wp.zeros(n_staged, dtype=wp.vec3, device=device)
+        self._staged.count = wp.zeros(slots, dtype=int, device=device)
+        self._staged.has_tail = wp.zeros(slots, dtype=int, device=device)
+        self._staged_tails = Records(slots, device)
+        self._staged.tail = self._staged_tails.view
+        self._record_place = wp.zeros(slots, dtype=int, device=device)
+        self._tail_place = wp.zeros(slots, dtype=int, device=device)
+        self.tails = Records(slots, device)
+        self.n_tails = wp.zeros(1, dtype=int, device=device)
+        self.records = Records(n_staged, device)
+        self.targets = wp.zeros(n_staged, dtype=wp.vec3, device=device)
+        self.vertex_index = wp.zeros(n_staged, dtype=int, device=device)
+        self.n_records = wp.zeros(1, dtype=int, device=device)
+
+        lower, upper = box if box is not None else scene.bounds
+        margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
+        self._params = kt.TraceParams()
+        self._params.integrator = _INTEGRATORS[config.integrator]
+        self._params.seed = config.seed
+        self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
+        self._params.rr_depth = config.rr_depth
+        self._params.spread_threshold = config.spread_threshold
+        self._params.max_records = config.max_records
+        self._params.unbiased_fraction = config.unbiased_fraction
+        self._params.box_lower = wp.vec3(*(np.asarray(lower, float) - margin))
+        self._params.box_upper = wp.vec3(*(np.asarray(upper, float) + margin))
+
+    @staticmethod
+    def kernels(config: PathTracerConfig) -> dict[str, wp.Kernel]:
+        """Kernels to compile before the first frame, by the name to announce."""
+        kernels = {"path tracer": kt.trace_paths}
+        if config.integrator != "path":
+            kernels["record compaction"] = kr.gather_targets
+        return kernels
+
+    def set_camera(self, camera: Camera) -> None:
+        """Look through `camera` from the next frame on."""
+        self.camera = self.scene.camera_view(self.width, self.height, camera)
+
+    def tile_size(self, n_training_paths: int) -> int:
+        """Smallest square tile [px] for which at most `n_training_paths` (and the capacity) tiles cover the picture."""
+        limit = max(1, min(n_training_paths, self.max_training_paths))
+        size = max(1, math.isqrt(self.n_pixels // limit))
+        while -(-self.width // size) * -(-self.height // size) > limit:
+            size += 1
+        return size
+
+    def trace(self, frame: int, *, n_training_paths: int = 0) -> None:
+        """Trace frame number `frame`; with `n_training_paths` > 0 about that many paths also collect training records."""
+        params = self._params
+        params.frame = frame
+        params.train = int(n_training_paths > 0 and self.config.integrator != "path")
+        n_slots = 0
+        if params.train:
+            size = self.tile_size(n_training_paths)
+            params.tile_size = size
+            params.tiles_x = -(-self.width // size)
+            n_slots = params.tiles_x * -(-self.height // size)
+            offset = np.random.default_rng((self.config.seed, frame)).integers(0, size, 2)
+            params.tile_offset_x, params.tile_offset_y = int(offset[0]), int(offset[1])
+        if self.config.integrator != "path":
+            self._staged.count.zero_()
+            self._staged.has_tail.zero_()
+        launch(
+            kt.trace_paths,
+            self.n_pixels,
+            inputs=[self.scene.view, self.camera, params],
+            outputs=[self.radiance, self._pixel_queries.view, self.query_weight, self.query_vertex, self._staged],
+            device=self.device,
+        )
+        if self.config.integrator == "path":
+            return
+        launch(
+            kr.mark_queries, self.n_pixels, inputs=[self.query_vertex], outputs=[self._query_flag], device=self.device
+        )
+        self._compact(self._pixel_queries, self._query_flag, self.query_place, self.queries, self.n_queries)
+        self._n_slots = n_slots
+        if n_slots:
+            self._compact(self._staged_tails, self._staged.has_tail, self._tail_place, self.tails, self.n_tails)
+
+    def gather_targets(self, tail_radiance: wp.array) -> None:
+        """Complete the frame's training records; `tail_radiance` is (tails, 3), the cache's answer for `tails`."""
+        n_slots = self._n_slots
+        if n_slots == 0:
+            self.n_records.zero_()
+            return
+        self._scan(self._staged.count, self._record_place, self.n_records)
+        launch(
+            kr.gather_targets,
+            n_slots,
+            inputs=[self.config.max_records, self._staged, self._record_place, self._tail_place, tail_radiance],
+            outputs=[self.records.view, self.targets, self.vertex_index],
+            device=self.device,
+        )
+
+    def _scan(self, counts: wp.array, places: wp.array, total: wp.array) -> None:
+        wp.utils.array_scan(counts, places, inclusive=False)
+        launch(kr.store_total, 1, inputs=[places, counts, counts.shape[0]], outputs=[total], device=self.device)
+
+    def _compact(self, source: Records, flags: wp.array, places: wp.array, target: Records, total: wp.array) -> None:
+        self._scan(flags, places, total)
+        launch(
+            kr.compact_records,
+            source.capacity,
+            inputs=[source.view, places, flags],
+            outputs=[target.view],
+            device=self.device,
+        )

@@ -1,0 +1,1 @@
+"""Scenes that ship with the package, made by this project."""

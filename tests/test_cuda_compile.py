@@ -1,0 +1,80 @@
+"""Every kernel compiles for CUDA, down to machine code, on a computer that needs no GPU.
+
+NVRTC comes with Warp. The target is cubin because PTX is not assembled: nonsense in inline assembly passes there.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import warp as wp
+
+import nrc.kernels
+
+ARCHITECTURES = (75, 90)  # the oldest that CUDA 13 compiles for, and the newest data-centre one of the design
+
+# Objects whose kernels come from factories, each a function that builds one small instance and returns its kernels.
+COMPONENTS: dict[str, Callable[[], Mapping[str, wp.Kernel]]] = {}
+
+
+def kernels_of(module: ModuleType) -> list[wp.Kernel]:
+    """The kernels that a Python module defines at its top level."""
+    values = vars(module).values()
+    return [value for value in values if isinstance(value, wp.Kernel) and value.func.__module__ == module.__name__]
+
+
+def kernel_makers() -> dict[str, Callable[[], list[wp.Kernel]]]:
+    """For each module of nrc.kernels with kernels, and each component, what returns its kernels."""
+    names = [info.name for info in pkgutil.walk_packages(nrc.kernels.__path__, "nrc.kernels.")]
+    modules = {name: kernels_of(importlib.import_module(name)) for name in names}
+    makers: dict[str, Callable[[], list[wp.Kernel]]] = {
+        name: lambda kernels=kernels: kernels for name, kernels in modules.items() if kernels
+    }
+    makers.update({name: lambda make=make: list(make().values()) for name, make in COMPONENTS.items()})
+    return makers
+
+
+def compile_to_cubin(kernels: list[wp.Kernel], folder: Path) -> list[Path]:
+    """Compile the Warp modules of `kernels` for all ARCHITECTURES and return the files that came out."""
+    modules = {id(kernel.module): kernel.module for kernel in kernels}
+    return [
+        path
+        for module in modules.values()
+        for path in wp.compile_aot_module(module, arch=ARCHITECTURES, module_dir=folder, use_ptx=False)
+    ]
+
+
+KERNEL_MAKERS = kernel_makers()
+
+
+@pytest.mark.parametrize("name", KERNEL_MAKERS)
+def test_kernels_compile_for_cuda(name: str, tmp_path: Path) -> None:
+    """NVRTC and ptxas accept the kernels for every architecture; each leaves an ELF file."""
+    kernels = KERNEL_MAKERS[name]()
+    paths = compile_to_cubin(kernels, tmp_path)
+    n_modules = len({id(kernel.module) for kernel in kernels})
+    assert n_modules > 0
+    for architecture in ARCHITECTURES:
+        cubins = [path for path in paths if path.name.endswith(f".sm{architecture}.cubin")]
+        assert len(cubins) == n_modules
+        assert all(path.read_bytes()[:4] == b"\x7fELF" for path in cubins)
+
+
+@wp.func_native('asm volatile("nonsense;");')
+def emit_nonsense(): ...
+
+
+@wp.kernel(module="unique", enable_backward=False)
+def run_nonsense(first: int, out_x: wp.array[float]):
+    """Store 1, with an unknown instruction. One thread per element."""
+    emit_nonsense()
+    out_x[first + wp.tid()] = 1.0
+
+
+def test_unknown_instruction_is_rejected(tmp_path: Path) -> None:
+    """The check reaches the assembler: inline assembly that ptxas does not know fails."""
+    with pytest.raises(Exception, match="CUDA kernel build failed"):
+        compile_to_cubin([run_nonsense], tmp_path)
