@@ -249,6 +249,7 @@ class RadianceCache:
 
     def reset(self) -> None:
         """Forget everything: weights, moments, averages, the estimated radiance scale and all counters."""
+        self.field.reset()
         self.trainer.reset()
         self._scale.fill_(self.config.radiance_scale or 0.0)
         for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):

@@ -274,6 +274,12 @@ def _material_view(material: Material, textures: _TextureTable, has_colors: bool
     for name in _TEXTURE_FIELDS:
         setattr(view, name, textures.index(getattr(material, name)))
     view.is_textured = int(has_colors or any(getattr(material, name) is not None for name in _TEXTURE_FIELDS))
+    view.needs_tangent = int(
+        material.normal_texture is not None
+        or material.bump_texture is not None
+        or material.roughness[0] != material.roughness[1]
+        or material.anisotropic != 0.0
+    )
     view.emission = wp.vec3(*material.emission)
     view.emission_two_sided = int(material.emission_two_sided)
     view.opacity = material.opacity

@@ -127,6 +127,7 @@ class PathTracer:
         self.targets = wp.zeros(n_staged, dtype=wp.vec3, device=device)
         self.vertex_index = wp.zeros(n_staged, dtype=int, device=device)
         self.n_records = wp.zeros(1, dtype=int, device=device)
+        self.n_training_paths = 0
 
         lower, upper = box if box is not None else scene.bounds
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
@@ -190,13 +191,13 @@ class PathTracer:
             kr.mark_queries, self.n_pixels, inputs=[self.query_vertex], outputs=[self._query_flag], device=self.device
         )
         self._compact(self._pixel_queries, self._query_flag, self.query_place, self.queries, self.n_queries)
-        self._n_slots = n_slots
+        self.n_training_paths = n_slots
         if n_slots:
             self._compact(self._staged_tails, self._staged.has_tail, self._tail_place, self.tails, self.n_tails)
 
     def gather_targets(self, tail_radiance: wp.array) -> None:
         """Complete the frame's training records; `tail_radiance` is (tails, 3), the cache's answer for `tails`."""
-        n_slots = self._n_slots
+        n_slots = self.n_training_paths
         if n_slots == 0:
             self.n_records.zero_()
             return

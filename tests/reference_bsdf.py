@@ -1,6 +1,7 @@
-"""NumPy twin of the metallic_roughness material, written from glTF 2.0 appendix B and its extensions, not from the kernels.
+"""NumPy twin of the metallic_roughness material, written from glTF 2.0 appendix B, not from the kernels.
 
-KHR_materials_ior, KHR_materials_specular and KHR_materials_transmission (thin wall, microfacet-blurred, no refraction).
+With KHR_materials_ior, KHR_materials_specular and KHR_materials_transmission (thin wall, blurred by the
+microfacets, no refraction).
 """
 
 import numpy as np

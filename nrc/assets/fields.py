@@ -51,8 +51,8 @@ class Field:
         """Raise unless this is an object, with keys only from `allowed` if given."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
-        for key in self.value if allowed is not None else ():
-            if key not in allowed:
+        for key in self.value:
+            if allowed is not None and key not in allowed:
                 raise self.child(key).error(f"unknown key; allowed here: {', '.join(allowed)}")
 
     def child(self, key: str) -> Field:

@@ -19,8 +19,8 @@ from nrc.scene import Material, Mesh, SceneError
 def read_mesh_file(path: Path) -> Model:
     """What an .obj, .ply or .stl file holds. Raises SceneError if it cannot be read.
 
-    PLY vertices may have normals, texture coordinates (v from the bottom) and colours (sRGB); STL is flat. Both are grey
-    diffuse.
+    PLY vertices may have normals, texture coordinates (v from the bottom) and colours (sRGB); STL is flat. Both are
+    grey diffuse.
     """
     suffix = path.suffix.lower()
     if suffix == ".obj":

@@ -1,9 +1,9 @@
 """Mitsuba 3 scene files, read through the optional `mitsuba` package.
 
-Mitsuba parses the file (all versions since 0.4, which it upgrades) and loads the meshes, so that geometry is exactly its
-own. Spheres, disks and cylinders become triangles: 64 × 128, 128 and 128 of them around, with exact normals, within
-0.03 % of the radius of the true surface; emitting ones are scaled to have the true area. A `path` integrator with box filter is what every file is rendered with.
-Whatever is substituted or ignored is named in `Scene.warnings`.
+Mitsuba parses the file (all versions since 0.4, which it upgrades) and loads the meshes, so that geometry is exactly
+its own. Spheres, disks and cylinders become triangles: 64 × 128, 128 and 128 of them around, with exact normals, within
+0.03 % of the radius of the true surface; emitting ones are scaled to have the true area. Every file is rendered by a
+path tracer with a box filter. Whatever is substituted or ignored is named in `Scene.warnings`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from nrc.scene import (
 )
 
 MAX_DOUBLED_ROWS = 2048  # environment maps with more rows keep their size
-SHAPE_PROPERTIES = ("to_world", "flip_normals", "face_normals", "silhouette_sampling_weight", "filename", "radius")
-SHAPE_PROPERTIES += ("shape_index", "flip_tex_coords", "center", "p0", "p1")
+SHAPE_PROPERTIES = (
+    *("to_world", "flip_normals", "face_normals", "silhouette_sampling_weight", "filename", "shape_index"),
+    *("flip_tex_coords", "radius", "center", "p0", "p1"),
+)
 TO_OURS = np.diag([-1.0, 1.0, -1.0, 1.0])  # Mitsuba's camera has +x left and looks along +z
 
 
@@ -109,9 +111,7 @@ class _Reader:
 
     def add_shape(self, node: Node, outer: np.ndarray) -> None:
         """Append the meshes of a shape; `outer` is the transformation of the instance it is part of."""
-        if node.plugin == "shapegroup" and outer is not node:
-            if not node.id:
-                node.warn("a shape group without id cannot be instanced")
+        if node.plugin == "shapegroup":  # seen through its instances only
             return
         if node.plugin == "instance":
             outer = outer @ node.matrix()
@@ -169,6 +169,11 @@ class _Reader:
     def tessellated(self, node: Node, shape: Any, material: int) -> Mesh:
         """Triangles of a curved shape, in the parameterisation Mitsuba gives it."""
         matrix = np.array(self.mi.traverse(shape)["to_world"].matrix, dtype=np.float64).reshape(4, 4)
+        if (
+            node.plugin == "sphere"
+            and np.ptp(np.linalg.norm(matrix[:3, :3], axis=0)) > 1e-3 * np.abs(matrix[:3, :3]).max()
+        ):
+            node.warn("scaled differently along its axes: an ellipsoid here, which Mitsuba does not have")
         local = {
             "sphere": shapes.sphere,
             "disk": lambda: shapes.disk(128),
@@ -185,6 +190,8 @@ class _Reader:
         inward = bool(node.get("flip_normals", False))
         if node.plugin == "sphere":  # Mitsuba turns a mirrored sphere inside out, unlike the others
             inward ^= bool(np.linalg.det(matrix[:3, :3]) < 0.0)
+        elif node.plugin in ("disk", "rectangle"):  # their to_world contains the flip
+            inward = False
         mesh = _transformed(mesh, matrix)
         if inward:
             mesh = replace(mesh, normals=-mesh.normals, indices=np.ascontiguousarray(mesh.indices[:, ::-1]))  # type: ignore[operator]
@@ -209,15 +216,13 @@ class _Reader:
         if emitters:
             fields |= self.area_emission(emitters[0])
         material = Material(**fields)
-        for i, (other, other_colours) in enumerate(zip(self.materials, self.colours, strict=True)):
-            if colours == other_colours and _same_surface(material, other):
-                break
-        else:
-            i = len(self.materials)
+        known = zip(self.materials, self.colours, strict=True)
+        same = [i for i, (other, c) in enumerate(known) if c == colours and _same_surface(material, other)]
+        if not same:
             self.materials.append(material)
             self.colours.append(colours)
-        self._material_of[key] = i
-        return i
+        self._material_of[key] = same[0] if same else len(self.materials) - 1
+        return self._material_of[key]
 
     # Emitters
 
@@ -415,7 +420,8 @@ def _with_tangents(mesh: Mesh) -> Mesh:
     length = np.linalg.norm(dp_du, axis=1, keepdims=True)
     dp_du = np.where(length > 0.0, dp_du / np.maximum(length, 1e-300), [1.0, 0.0, 0.0])
     tangents = np.column_stack([np.repeat(dp_du, 3, axis=0), np.ones(len(corners))]).astype(np.float32)
-    return replace(mesh, **split, indices=np.arange(len(corners), dtype=np.int32).reshape(-1, 3), tangents=tangents)
+    indices = np.arange(len(corners), dtype=np.int32).reshape(-1, 3)
+    return replace(mesh, **split, indices=indices, tangents=tangents)  # type: ignore[arg-type]
 
 
 def _equal_area(shape: str, positions: np.ndarray, indices: np.ndarray) -> float:
@@ -429,8 +435,8 @@ def _equal_area(shape: str, positions: np.ndarray, indices: np.ndarray) -> float
 def _mitsuba_rows_to_texels(image: np.ndarray) -> np.ndarray:
     """Resample a map whose rows Mitsuba puts at v = i / (height - 1) to rows at v = (i + 1/2) / height.
 
-    Columns agree already. Twice the rows keep the piecewise linear function but for its kinks, which are rounded by an eighth of the
-    second difference.
+    Columns agree already. Twice the rows keep the piecewise linear function but for its bends, which are cut by an
+    eighth of the second difference.
     """
     height = image.shape[0]
     if height == 1:

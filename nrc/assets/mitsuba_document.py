@@ -190,7 +190,7 @@ class Document:
         """Every warning once, and one that names all properties nobody asked for."""
         messages = [text if count == 1 else f"{text} ({count} times)" for text, count in self.warnings.items()]
         ignored: dict[str, None] = {}
-        for node in self._nodes.values():
+        for node in (node for node in self._nodes.values() if node.seen):  # the others are definitions nobody uses
             ignored.update(dict.fromkeys(f"{node}.{name}" for name in node.names if name not in node.seen))
         if ignored:
             messages.append(f"ignored properties: {', '.join(ignored)}")
@@ -202,7 +202,8 @@ class Document:
 
     def instantiate(self, node: Node, keep: frozenset[str] | None = None) -> Any:
         """The Mitsuba object of a node; of its child nodes only those of the kinds in `keep` (all if None)."""
-        mi, nodes, state = self.mi, [], self.mi.parser.ParserState()
+        mi, state = self.mi, self.mi.parser.ParserState()
+        nodes: list[Any] = []
         state.files, state.versions = self.state.files, self.state.versions
 
         def copy(index: int) -> int:

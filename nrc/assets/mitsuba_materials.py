@@ -53,7 +53,8 @@ class Materials:
         node.ignore(*IGNORED)
         converter = self._converters.get(node.plugin)
         if converter is not None:
-            return {"name": node.id, **converter(node)}
+            fields = {"name": "", **converter(node)}
+            return fields | {"name": node.id or fields["name"]}
         if not self.document.known(node.plugin):
             raise node.error(f"Mitsuba has no BSDF plugin {node.plugin!r}")
         node.warn("substituted by diffuse grey 0.5")
@@ -67,7 +68,9 @@ class Materials:
     def _conductor(self, node: Node) -> dict[str, Any]:
         if node.has("eta") or node.has("k"):
             node.ignore("material")
-            eta, k = (self._uniform(node, name, default, "unbounded_texture") for name, default in (("eta", 0), ("k", 1)))
+            eta, k = (
+                self._uniform(node, name, default, "unbounded_texture") for name, default in (("eta", 0), ("k", 1))
+            )
         else:
             node.get("material")
             params = self.mi.traverse(self.document.instantiate(node, frozenset()))
@@ -77,7 +80,10 @@ class Materials:
         return fields | (self._microfacets(node) if node.plugin.startswith("rough") else {})
 
     def _dielectric(self, node: Node) -> dict[str, Any]:
-        fields = {"kind": "thin_dielectric" if node.plugin == "thindielectric" else "dielectric", "ior": self._ior(node)}
+        fields = {
+            "kind": "thin_dielectric" if node.plugin == "thindielectric" else "dielectric",
+            "ior": self._ior(node),
+        }
         fields |= self._colour(node, "specular_reflectance", "specular", 1.0)
         fields |= self._colour(node, "specular_transmittance", "transmittance", 1.0)
         return fields | (self._microfacets(node) if node.plugin.startswith("rough") else {})
@@ -92,7 +98,10 @@ class Materials:
 
     def _phong(self, node: Node) -> dict[str, Any]:
         """Mitsuba 0.x's Phong lobe, absent from Mitsuba 3, as plastic of a comparable highlight."""
-        for old, new in (("diffuseReflectance", "diffuse_reflectance"), ("specularReflectance", "specular_reflectance")):
+        for old, new in (
+            ("diffuseReflectance", "diffuse_reflectance"),
+            ("specularReflectance", "specular_reflectance"),
+        ):
             if node.has(old) and not node.has(new):
                 raise node.error(f"{old}: expected {new} (scene version 2 or later)")
         exponent = node.number("exponent", 30.0)
@@ -101,7 +110,8 @@ class Materials:
         return {
             "kind": "plastic",
             "specular": tuple(min(c / 0.04, 1.0) for c in specular),  # ior 1.5 reflects 0.04 head-on
-            "roughness": (float((2.0 / (exponent + 2.0)) ** 0.25),) * 2,  # alpha² = 2 / (exponent + 2), Walter et al. 2007
+            "roughness": (float((2.0 / (exponent + 2.0)) ** 0.25),)
+            * 2,  # alpha² = 2 / (exponent + 2), Walter et al. 2007
             "distribution": "beckmann",
             **self._colour(node, "diffuse_reflectance", "base_color", 0.5),
         }
@@ -222,7 +232,7 @@ class Materials:
         field = field or name
         value = node.colour(name, default)
         if not isinstance(value, Node):
-            return {field: float(np.dot(LUMINANCE, value) / LUMINANCE.sum())}
+            return {field: _luminance(value)}
         texture = self.texture(value, "scalar")
         return {field: 1.0, f"{field}_texture": texture} if texture else {field: default}
 
@@ -237,7 +247,8 @@ class Materials:
         fields: dict[str, Any] = {"distribution": distribution}
         textured = [value for value in values if isinstance(value, Node)]
         if not textured:
-            return fields | {"roughness": tuple(float(np.sqrt(max(value[0], 0.0))) for value in values)}
+            alphas = [value[0] for value in values if not isinstance(value, Node)]
+            return fields | {"roughness": tuple(float(np.sqrt(max(alpha, 0.0))) for alpha in alphas)}
         if len({value.index if isinstance(value, Node) else -1 for value in values}) > 1:
             node.warn("alpha_u and alpha_v differ and are textured: one texture serves both")
         return fields | {"roughness": (1.0, 1.0), "roughness_texture": self.texture(textured[0], "roughness")}
@@ -291,21 +302,21 @@ class Materials:
         )
 
     def _checkerboard(self, node: Node, use: str) -> Checkerboard | None:
-        colours = [node.colour("color0", 0.4), node.colour("color1", 0.2)]
-        if use == "metallic" or any(isinstance(colour, Node) for colour in colours):
+        first, second = node.colour("color0", 0.4), node.colour("color1", 0.2)
+        if use == "metallic" or isinstance(first, Node) or isinstance(second, Node):
             return None
-        pair: list[Any] = colours
-        if use != "colour":
-            # Mitsuba 3's eval_1 has the two colours the other way round from its eval.
-            pair = [(float(np.dot(LUMINANCE, colour) / LUMINANCE.sum()),) * 3 for colour in reversed(colours)]
+        if use == "colour":
+            return Checkerboard(first, second, uv_transform(node))
+        # Mitsuba 3's eval_1 has the two colours the other way round from its eval.
+        values = [_luminance(colour) for colour in (second, first)]
         if use == "roughness":
-            pair = [tuple(float(np.sqrt(max(c, 0.0))) for c in colour) for colour in pair]
-        return Checkerboard(pair[0], pair[1], uv_transform(node))
+            values = [float(np.sqrt(max(value, 0.0))) for value in values]
+        return Checkerboard(_three(values[0]), _three(values[1]), uv_transform(node))
 
     def _baked(self, node: Node, use: str) -> Texture:
         """A texture without equivalent, sampled over the unit square."""
         node.seen.update(node.names)
-        node.warn(f"substituted by {BAKED_SIZE}×{BAKED_SIZE} samples of the unit square")
+        node.warn(f"substituted by {BAKED_SIZE} x {BAKED_SIZE} samples of the unit square")
         image = self._sample(self.document.instantiate(node), BAKED_SIZE)
         return Texture(prepare_image(image, False, use)[0], name=node.id or node.plugin)
 
@@ -316,7 +327,7 @@ class Materials:
 
 
 def read_image(mi: Any, path: str, raw: bool) -> tuple[np.ndarray, bool]:
-    """Image file as (height, width, 1 or 3) uint8 or float32 as Mitsuba's bitmap sees it, and whether it is sRGB-encoded.
+    """Image file as Mitsuba sees it: (height, width, 1 or 3) uint8 or float32, and whether it is sRGB-encoded.
 
     8-bit images keep their texels; others come out linear. Alpha is left out, as Mitsuba does.
     """
@@ -347,15 +358,23 @@ def prepare_image(image: np.ndarray, srgb: bool, use: str) -> tuple[np.ndarray, 
     if use == "roughness":
         value = np.sqrt(np.maximum(value, 0.0))
     value = value.astype(np.float32)[..., None]
-    return (np.concatenate([np.ones_like(value), np.ones_like(value), value], axis=2), False) if use == "metallic" else (
-        value,
-        False,
+    return (
+        (np.concatenate([np.ones_like(value), np.ones_like(value), value], axis=2), False)
+        if use == "metallic"
+        else (
+            value,
+            False,
+        )
     )
 
 
 def uv_transform(node: Node) -> np.ndarray:
     """A texture's `to_uv` as (2, 3)."""
     return node.matrix("to_uv")[np.ix_([0, 1], [0, 1, 3])]
+
+
+def _luminance(colour: Vec3) -> float:
+    return float(np.dot(LUMINANCE, colour))
 
 
 def _three(value: Any) -> Vec3:

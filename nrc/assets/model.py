@@ -112,7 +112,7 @@ def flip_mesh(mesh: Mesh) -> Mesh:
         mesh,
         indices=np.ascontiguousarray(mesh.indices[:, ::-1]),
         normals=None if mesh.normals is None else -mesh.normals,
-        tangents=None if mesh.tangents is None else mesh.tangents * np.float32([1.0, 1.0, 1.0, -1.0]),
+        tangents=None if mesh.tangents is None else mesh.tangents * np.array([1.0, 1.0, 1.0, -1.0], np.float32),
     )
 
 

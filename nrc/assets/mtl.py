@@ -4,8 +4,8 @@
   through the whole object, so each of its two interfaces gets sqrt(Tf).
 - illum 3, 5, 8: mirror of reflectance Ks if Kd is (nearly) black, else a smooth plastic.
 - Pr or Pm: metallic-roughness.
-- Ks > 0 under illum 2 or none: plastic on Kd, or a rough metal if Kd is black; the Phong exponent Ns becomes a GGX width
-  alpha = sqrt(2 / (Ns + 2)) (Walter et al. 2007, section 5.2, where it matches Beckmann to Phong).
+- Ks > 0 under illum 2 or none: plastic on Kd, or a rough metal if Kd is black; the Phong exponent Ns becomes a GGX
+  width alpha = sqrt(2 / (Ns + 2)) (Walter et al. 2007, section 5.2, where it matches Beckmann to Phong).
 - Otherwise diffuse. Ke emits on the front side.
 """
 
@@ -23,8 +23,9 @@ from nrc.scene import Material, SceneError, Texture, Vec3
 
 BLACK = 0.02
 MAP_OPTIONS = {"-blendu": 1, "-blendv": 1, "-cc": 1, "-mm": 2, "-texres": 1, "-imfchan": 1, "-type": 1, "-boost": 1}
-KNOWN = frozenset(
-    "ka kd ks ke ns ni d tr tf illum pr pm map_kd map_ke map_d map_bump bump norm map_pr newmtl sharpness".split()
+KNOWN = (
+    *("ka", "kd", "ks", "ke", "ns", "ni", "d", "tr", "tf", "illum", "pr", "pm", "sharpness"),
+    *("map_kd", "map_ke", "map_d", "map_pr", "map_bump", "bump", "norm"),
 )
 
 
@@ -174,7 +175,7 @@ class _Entry:
         while words and words[0].startswith("-"):
             option = words.pop(0)
             if option in ("-s", "-o", "-t"):
-                values = []
+                values: list[float] = []
                 while words and len(values) < 3 and _is_number(words[0]):
                     values.append(float(words.pop(0)))
                 if option == "-s":

@@ -55,11 +55,11 @@ _TRAVERSE = f"""
 
     // Rows of a node's near planes; those of the far planes are three on or back.
     float inv[3];
-    int near[3], far[3];
+    int near_row[3], far_row[3];
     for (int a = 0; a < 3; ++a) {{
         inv[a] = 1.0f / (__builtin_fabsf(d[a]) > 1e-20f ? d[a] : __builtin_copysignf(1e-20f, d[a]));
-        near[a] = inv[a] < 0.0f ? 3 + a : a;
-        far[a] = inv[a] < 0.0f ? a : 3 + a;
+        near_row[a] = inv[a] < 0.0f ? 3 + a : a;
+        far_row[a] = inv[a] < 0.0f ? a : 3 + a;
     }}
 
     // Shear that turns the ray into the z axis.
@@ -95,37 +95,34 @@ _TRAVERSE = f"""
         }} else {{
             const F* node = nodes + (size_t)current * {NODE_FLOATS // WIDTH};
             F enter = larger(
-                larger((node[near[0]] - o[0]) * inv[0], (node[near[1]] - o[1]) * inv[1]),
-                larger((node[near[2]] - o[2]) * inv[2], zero));
+                larger((node[near_row[0]] - o[0]) * inv[0], (node[near_row[1]] - o[1]) * inv[1]),
+                larger((node[near_row[2]] - o[2]) * inv[2], zero));
             F leave = smaller(
-                smaller((node[far[0]] - o[0]) * inv[0], (node[far[1]] - o[1]) * inv[1]),
-                smaller((node[far[2]] - o[2]) * inv[2], zero + t));
+                smaller((node[far_row[0]] - o[0]) * inv[0], (node[far_row[1]] - o[1]) * inv[1]),
+                smaller((node[far_row[2]] - o[2]) * inv[2], zero + t));
             unsigned children = bits(enter <= leave * 1.000001f);
             if (children) {{
                 const unsigned* reference = (const unsigned*)(node + 6);
-                unsigned i = __builtin_ctz(children);
-                children &= children - 1;
-                if (!children) {{
-                    current = reference[i];
-                    continue;
-                }}
                 unsigned entry_bits[{WIDTH}];
                 __builtin_memcpy(entry_bits, &enter, sizeof(enter));
-                unsigned long long nearest = (unsigned long long)entry_bits[i] << 32 | reference[i];
-                const int base = size;
-                do {{
-                    i = __builtin_ctz(children);
+                auto take = [&]() {{
+                    const unsigned i = __builtin_ctz(children);
                     children &= children - 1;
-                    unsigned long long entry = (unsigned long long)entry_bits[i] << 32 | reference[i];
-                    if (entry < nearest) {{
-                        unsigned long long swapped = entry;
+                    return (unsigned long long)entry_bits[i] << 32 | reference[i];
+                }};
+                unsigned long long nearest = take();
+                const int base = size;
+                while (children) {{
+                    unsigned long long entry = take();
+                    if (ordered && entry < nearest) {{
+                        const unsigned long long swapped = entry;
                         entry = nearest;
                         nearest = swapped;
                     }}
                     int place = size++;
-                    for (; place > base && stack[place - 1] < entry; --place) stack[place] = stack[place - 1];
+                    for (; ordered && place > base && stack[place - 1] < entry; --place) stack[place] = stack[place - 1];
                     stack[place] = entry;
-                }} while (children);
+                }}
                 current = (unsigned)nearest;
                 continue;
             }}
@@ -149,6 +146,7 @@ _CLOSEST = f"""
         hit.v = 1.0f - weight_0 - weight_1;
     }}
 #else
+    const bool ordered = true;
     {
     _TRAVERSE.replace("RETURN", "return").replace(
         "ON_HITS",
@@ -171,6 +169,7 @@ _OCCLUDED = f"""
 #if defined(__CUDA_ARCH__)
     return wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max);
 #else
+    const bool ordered = false;  // any order will do, and sorting costs more than it saves
     {_TRAVERSE.replace("RETURN", "return false").replace("ON_HITS", "if (hits) return true;")}
 #endif
 """

@@ -38,7 +38,7 @@ class LightSample:
 
 
 @wp.func
-def environment_radiance(scene: SceneView, d: wp.vec3) -> wp.vec3:
+def environment_radiance(scene: wp.ref[SceneView], d: wp.vec3) -> wp.vec3:
     """Radiance from direction `d` (bilinear, wrapping in azimuth)."""
     width = scene.environment_width
     height = scene.environment_height
@@ -63,7 +63,7 @@ def environment_radiance(scene: SceneView, d: wp.vec3) -> wp.vec3:
 
 
 @wp.func
-def light_pdf_environment(scene: SceneView, d: wp.vec3) -> float:
+def light_pdf_environment(scene: wp.ref[SceneView], d: wp.vec3) -> float:
     """Density with which light sampling finds `d` through the environment."""
     if scene.environment_light < 0:
         return 0.0
@@ -87,7 +87,7 @@ def light_pdf_environment(scene: SceneView, d: wp.vec3) -> float:
 
 
 @wp.func
-def light_pdf_triangle(scene: SceneView, triangle: int, distance: float, d: wp.vec3) -> float:
+def light_pdf_triangle(scene: wp.ref[SceneView], triangle: int, distance: float, d: wp.vec3) -> float:
     """Density with which light sampling finds the point at `distance` along `d` on an emissive triangle."""
     light = scene.triangle_light[triangle]
     if light < 0:
@@ -103,7 +103,7 @@ def light_pdf_triangle(scene: SceneView, triangle: int, distance: float, d: wp.v
 
 
 @wp.func
-def sample_environment(scene: SceneView, u: wp.vec2) -> wp.vec3:
+def sample_environment(scene: wp.ref[SceneView], u: wp.vec2) -> wp.vec3:
     """Direction drawn in proportion to the texels' power."""
     width = scene.environment_width
     height = scene.environment_height
@@ -138,7 +138,7 @@ def spot_falloff(cos_angle: float, inner: float, outer: float, smooth: int) -> f
 
 
 @wp.func
-def light_sample(scene: SceneView, p: wp.vec3, u_select: float, u: wp.vec2) -> LightSample:
+def light_sample(scene: wp.ref[SceneView], p: wp.vec3, u_select: float, u: wp.vec2) -> LightSample:
     """Choose a light by power and a direction from `p` towards it. Visibility is not tested."""
     result = LightSample()
     result.pdf = 0.0

@@ -522,7 +522,7 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str)
                     for (int i = 0; i < 16; ++i)
                         transposed_{layer}[j * {n_in} + k + i] = params.data[{first} + (k + i) * {n_out} + j];
             """
-    source += f"for (int row = begin; row < end; row += {BLOCK}) {{\nconst int n = min({BLOCK}, end - row);\n"
+    source += f"for (int row = begin; row < end; row += {BLOCK}) {{\nconst int n = end - row < {BLOCK} ? end - row : {BLOCK};\n"
     source += _forward_source(encoding, network)
     source += f"""
     for (int s = 0; s < {BLOCK}; ++s) {{

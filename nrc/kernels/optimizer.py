@@ -285,7 +285,7 @@ def make_update_grid_wide(encoding: Encoding, part: Part):
         (const float*)((const char*)dL_dgrid.data + ({encoding.gradient_row(part)} + level) * (size_t)dL_dgrid.strides[0]);
     const size_t stride = dL_dgrid.shape[2];
     for (int s = 0; s < n_rows; s += 16) {{
-        const int n = min(16, n_rows - s);
+        const int n = n_rows - s < 16 ? n_rows - s : 16;
         alignas(64) unsigned index[{16 * n_corners}];
         alignas(64) float weight[{16 * n_corners}];
         f16 point[{grid.n_dims}];

@@ -4,7 +4,7 @@ import warp as wp
 
 from nrc.kernels.bsdf import Bsdf
 from nrc.kernels.intersect import Accel, Hit, ray_closest, ray_occluded
-from nrc.kernels.sampling import Frame, frame_from_tangent, max_component
+from nrc.kernels.sampling import Frame, frame_from_normal, frame_from_tangent, max_component
 from nrc.kernels.texture import TextureView, texture_eval
 
 wp.set_module_options({"enable_backward": False})
@@ -55,6 +55,7 @@ class MaterialView:
     normal_scale: float
     bump_scale: float
     is_textured: int  # whether any texture or vertex colour can change the factors
+    needs_tangent: int  # whether the frame's rotation around the normal matters
 
 
 @wp.struct
@@ -117,17 +118,16 @@ class Surface:
     bsdf: Bsdf
     emission: wp.vec3  # towards the viewer, zero on a side that does not emit
     two_sided: int
-    material: int
 
 
 @wp.func
-def scene_texture(scene: SceneView, i: int, uv0: wp.vec2, uv1: wp.vec2) -> wp.vec4:
+def scene_texture(scene: wp.ref[SceneView], i: int, uv0: wp.vec2, uv1: wp.vec2) -> wp.vec4:
     """Texture `i` at a surface point."""
     return texture_eval(scene.textures[i], scene.texels, scene.srgb_to_linear, uv0, uv1)
 
 
 @wp.func
-def scene_texture_rgb(scene: SceneView, i: int, uv0: wp.vec2, uv1: wp.vec2) -> wp.vec3:
+def scene_texture_rgb(scene: wp.ref[SceneView], i: int, uv0: wp.vec2, uv1: wp.vec2) -> wp.vec3:
     """Colour of texture `i` at a surface point."""
     c = scene_texture(scene, i, uv0, uv1)
     return wp.vec3(c[0], c[1], c[2])
@@ -140,7 +140,7 @@ def interpolate_uv(values: wp.array[wp.vec2], vertices: wp.vec3i, u: float, v: f
 
 
 @wp.func
-def hit_uv0(scene: SceneView, hit: Hit) -> wp.vec2:
+def hit_uv0(scene: wp.ref[SceneView], hit: Hit) -> wp.vec2:
     """First texture coordinate set at a hit, the barycentrics where the mesh has none."""
     if (scene.triangle_attributes[hit.face] & HAS_UV) == 0:
         return wp.vec2(hit.u, hit.v)
@@ -148,7 +148,7 @@ def hit_uv0(scene: SceneView, hit: Hit) -> wp.vec2:
 
 
 @wp.func
-def hit_uv1(scene: SceneView, hit: Hit) -> wp.vec2:
+def hit_uv1(scene: wp.ref[SceneView], hit: Hit) -> wp.vec2:
     """Second texture coordinate set at a hit; the first where the mesh has one only."""
     if scene.uv1.shape[0] <= 1:
         return hit_uv0(scene, hit)
@@ -156,7 +156,7 @@ def hit_uv1(scene: SceneView, hit: Hit) -> wp.vec2:
 
 
 @wp.func
-def hit_color(scene: SceneView, hit: Hit) -> wp.vec4:
+def hit_color(scene: wp.ref[SceneView], hit: Hit) -> wp.vec4:
     """Vertex colour at a hit, white where the mesh has none."""
     if (scene.triangle_attributes[hit.face] & HAS_COLORS) == 0:
         return wp.vec4(1.0, 1.0, 1.0, 1.0)
@@ -169,11 +169,12 @@ def hit_color(scene: SceneView, hit: Hit) -> wp.vec4:
 
 
 @wp.func
-def hit_opacity(scene: SceneView, hit: Hit) -> float:
+def hit_opacity(scene: wp.ref[SceneView], hit: Hit) -> float:
     """Fraction of light the surface stops at a hit, after the alpha mode: 0 lets all pass, 1 none."""
-    material = scene.materials[scene.triangle_material[hit.face]]
-    if material.alpha_mode == ALPHA_OPAQUE:
+    m = scene.triangle_material[hit.face]
+    if scene.materials[m].alpha_mode == ALPHA_OPAQUE:
         return 1.0
+    material = scene.materials[m]
     opacity = material.opacity * hit_color(scene, hit)[3]
     if material.opacity_from_base_color != 0 and material.base_color_texture >= 0:
         opacity *= scene_texture(scene, material.base_color_texture, hit_uv0(scene, hit), hit_uv1(scene, hit))[3]
@@ -192,7 +193,7 @@ def offset_origin(p: wp.vec3, ng: wp.vec3, d: wp.vec3) -> wp.vec3:
 
 
 @wp.func
-def triangle_normal(scene: SceneView, triangle: int) -> wp.vec3:
+def triangle_normal(scene: wp.ref[SceneView], triangle: int) -> wp.vec3:
     """Normal of a triangle's front side with the length of twice its area."""
     vertices = scene.indices[triangle]
     p0 = scene.positions[vertices[0]]
@@ -200,22 +201,22 @@ def triangle_normal(scene: SceneView, triangle: int) -> wp.vec3:
 
 
 @wp.func
-def emitted_radiance(scene: SceneView, hit: Hit, cos_front: float) -> wp.vec3:
+def emitted_radiance(scene: wp.ref[SceneView], hit: Hit, cos_front: float) -> wp.vec3:
     """Radiance leaving the surface at `hit` towards a direction with cosine `cos_front` to the front normal."""
-    material = scene.materials[scene.triangle_material[hit.face]]
-    if cos_front <= 0.0 and material.emission_two_sided == 0:
+    m = scene.triangle_material[hit.face]
+    if cos_front <= 0.0 and scene.materials[m].emission_two_sided == 0:
         return wp.vec3(0.0, 0.0, 0.0)
-    emission = material.emission
-    if material.emission_texture >= 0:
+    emission = scene.materials[m].emission
+    texture = scene.materials[m].emission_texture
+    if texture >= 0:
         emission = wp.cw_mul(
-            emission,
-            scene_texture_rgb(scene, material.emission_texture, hit_uv0(scene, hit), hit_uv1(scene, hit)),
+            emission, scene_texture_rgb(scene, texture, hit_uv0(scene, hit), hit_uv1(scene, hit))
         )
     return emission
 
 
 @wp.func
-def shadow_transmittance(scene: SceneView, o: wp.vec3, d: wp.vec3, t_max: float) -> float:
+def shadow_transmittance(scene: wp.ref[SceneView], o: wp.vec3, d: wp.vec3, t_max: float) -> float:
     """Fraction of light that passes from o to o + t_max d: 0 or 1, or a product over alpha-blended layers."""
     if scene.has_alpha == 0:
         return wp.where(ray_occluded(scene.accel, o, d, t_max), 0.0, 1.0)
@@ -239,7 +240,7 @@ def shadow_transmittance(scene: SceneView, o: wp.vec3, d: wp.vec3, t_max: float)
 
 
 @wp.func
-def shading_frame(scene: SceneView, hit: Hit, material: MaterialView, ng: wp.vec3, uv0: wp.vec2, uv1: wp.vec2) -> Frame:
+def shading_frame(scene: wp.ref[SceneView], hit: Hit, material: wp.ref[MaterialView], ng: wp.vec3, uv0: wp.vec2, uv1: wp.vec2) -> Frame:
     """Shading frame at a hit: interpolated normal, tangent along u, then bump or normal map."""
     vertices = scene.indices[hit.face]
     attributes = scene.triangle_attributes[hit.face]
@@ -252,6 +253,8 @@ def shading_frame(scene: SceneView, hit: Hit, material: MaterialView, ng: wp.vec
             n = n / length
         else:
             n = ng
+    if material.needs_tangent == 0:
+        return frame_from_normal(n)
     p0 = scene.positions[vertices[0]]
     e1 = scene.positions[vertices[1]] - p0
     e2 = scene.positions[vertices[2]] - p0
@@ -301,9 +304,15 @@ def shading_frame(scene: SceneView, hit: Hit, material: MaterialView, ng: wp.vec
 
 
 @wp.func
-def resolve_bsdf(scene: SceneView, hit: Hit, material: MaterialView, uv0: wp.vec2, uv1: wp.vec2) -> Bsdf:
-    """Material factors times textures and vertex colours at a hit."""
-    bsdf = material.bsdf
+def apply_textures(
+    scene: wp.ref[SceneView],
+    hit: Hit,
+    material: wp.ref[MaterialView],
+    uv0: wp.vec2,
+    uv1: wp.vec2,
+    bsdf: wp.ref[Bsdf],
+):
+    """Multiply the factors in `bsdf` by textures and vertex colours."""
     c = hit_color(scene, hit)
     bsdf.base_color = wp.cw_mul(bsdf.base_color, wp.vec3(c[0], c[1], c[2]))
     if material.base_color_texture >= 0:
@@ -314,43 +323,39 @@ def resolve_bsdf(scene: SceneView, hit: Hit, material: MaterialView, uv0: wp.vec
         tint = scene_texture_rgb(scene, material.transmittance_texture, uv0, uv1)
         bsdf.transmittance = wp.cw_mul(bsdf.transmittance, tint)
     if material.transmission_texture >= 0:
-        bsdf.transmission *= scene_texture(scene, material.transmission_texture, uv0, uv1)[0]
+        bsdf.transmission = bsdf.transmission * scene_texture(scene, material.transmission_texture, uv0, uv1)[0]
     if material.specular_factor_texture >= 0:
-        bsdf.specular_factor *= scene_texture(scene, material.specular_factor_texture, uv0, uv1)[3]
+        factor = scene_texture(scene, material.specular_factor_texture, uv0, uv1)[3]
+        bsdf.specular_factor = bsdf.specular_factor * factor
     roughness = float(1.0)
     if material.roughness_texture >= 0:
         roughness = scene_texture(scene, material.roughness_texture, uv0, uv1)[0]
     if material.metallic_roughness_texture >= 0:
         packed = scene_texture(scene, material.metallic_roughness_texture, uv0, uv1)
         roughness *= packed[1]
-        bsdf.metallic *= packed[2]
+        bsdf.metallic = bsdf.metallic * packed[2]
     bsdf.alpha = bsdf.alpha * (roughness * roughness)
-    return bsdf
 
 
 @wp.func
-def surface_at(scene: SceneView, hit: Hit, d: wp.vec3) -> Surface:
-    """Everything the integrator needs at a hit of a ray with direction `d`."""
-    surface = Surface()
+def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref[Surface]):
+    """Fill `surface` with everything the integrator needs at a hit of a ray with direction `d`."""
     vertices = scene.indices[hit.face]
     p0 = scene.positions[vertices[0]]
     e1 = scene.positions[vertices[1]] - p0
     e2 = scene.positions[vertices[2]] - p0
     surface.p = p0 + hit.u * e1 + hit.v * e2
     surface.ng = wp.normalize(wp.cross(e1, e2))
-    surface.material = scene.triangle_material[hit.face]
-    material = scene.materials[surface.material]
+    m = scene.triangle_material[hit.face]
+    surface.bsdf = scene.materials[m].bsdf
+    surface.two_sided = scene.materials[m].two_sided
+    surface.emission = wp.vec3(0.0, 0.0, 0.0)
     uv0 = wp.vec2(hit.u, hit.v)
     uv1 = uv0
-    if material.is_textured != 0:
+    if scene.materials[m].is_textured != 0:
         uv0 = hit_uv0(scene, hit)
         uv1 = hit_uv1(scene, hit)
-        surface.bsdf = resolve_bsdf(scene, hit, material, uv0, uv1)
-    else:
-        surface.bsdf = material.bsdf
-    surface.frame = shading_frame(scene, hit, material, surface.ng, uv0, uv1)
-    surface.two_sided = material.two_sided
-    surface.emission = wp.vec3(0.0, 0.0, 0.0)
+        apply_textures(scene, hit, scene.materials[m], uv0, uv1, surface.bsdf)
+    surface.frame = shading_frame(scene, hit, scene.materials[m], surface.ng, uv0, uv1)
     if scene.triangle_light[hit.face] >= 0:
         surface.emission = emitted_radiance(scene, hit, -wp.dot(surface.ng, d))
-    return surface

@@ -33,10 +33,10 @@ from nrc.kernels.scene import (
     SHADOW_EPSILON,
     SceneView,
     Surface,
+    find_surface,
     hit_opacity,
     offset_origin,
     shadow_transmittance,
-    surface_at,
     triangle_normal,
 )
 
@@ -96,7 +96,7 @@ class TrainingView:
 
 
 @wp.func
-def write_record(view: RecordView, i: int, surface: Surface, wo: wp.vec3, wo_local: wp.vec3):
+def write_record(view: RecordView, i: int, surface: wp.ref[Surface], wo: wp.vec3, wo_local: wp.vec3):
     """Describe the surface point to the cache; `wo_local` is in the (turned) shading frame."""
     view.position[i] = surface.p
     view.wo[i] = wo
@@ -197,6 +197,7 @@ def trace_paths(
         if rng_float(lottery) < params.unbiased_fraction:
             unbiased = 1
 
+    surface = Surface()
     vertex = int(0)
     while vertex < params.max_depth:
         hit = ray_closest(scene.accel, o, d, INFINITE)
@@ -225,7 +226,7 @@ def trace_paths(
                 A += wp.cw_mul(B, value)
             break
 
-        surface = surface_at(scene, hit, d)
+        find_surface(scene, hit, d, surface)
         wo = -d
         distance = wp.length(surface.p - previous)
         cos_arrival = wp.abs(wp.dot(surface.ng, d))

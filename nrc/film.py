@@ -1,0 +1,70 @@
+"""`Film`: the sum of frames, and the picture they make."""
+
+from __future__ import annotations
+
+import numpy as np
+import warp as wp
+
+from nrc.kernels import film as kf
+from nrc.launch import launch
+from nrc.pathtracer import PathTracer
+
+
+class Film:
+    """Accumulates frames of `tracer` with compensated sums.
+
+    Attributes:
+        n_frames: Frames added since the last `clear`.
+        frame: (pixels,) vec3, the last frame alone.
+    """
+
+    def __init__(self, tracer: PathTracer, *, clamp: float = 0.0) -> None:
+        self.tracer, self.clamp = tracer, clamp
+        n, device = tracer.n_pixels, tracer.device
+        self.sums = wp.zeros(n, dtype=wp.vec3, device=device)
+        self.errors = wp.zeros(n, dtype=wp.vec3, device=device)
+        self.frame = wp.zeros(n, dtype=wp.vec3, device=device)
+        self._clamped = wp.zeros(n, dtype=wp.vec3, device=device)
+        self._n_invalid = wp.zeros(n, dtype=int, device=device)
+        self._no_cache = wp.zeros((1, 3), dtype=float, device=device)
+        self.n_frames = 0
+
+    def add(self, cache_radiance: wp.array | None = None) -> None:
+        """Add the tracer's last frame; `cache_radiance` (queries, 3) completes the paths that ended in the cache."""
+        tracer = self.tracer
+        launch(
+            kf.accumulate,
+            tracer.n_pixels,
+            inputs=[
+                self.clamp,
+                tracer.radiance,
+                tracer.query_vertex,
+                tracer.query_weight,
+                tracer.query_place,
+                self._no_cache if cache_radiance is None else cache_radiance,
+            ],
+            outputs=[self.sums, self.errors, self._clamped, self._n_invalid, self.frame],
+            device=tracer.device,
+        )
+        self.n_frames += 1
+
+    def clear(self) -> None:
+        """Start over."""
+        for array in (self.sums, self.errors, self._clamped, self._n_invalid):
+            array.zero_()
+        self.n_frames = 0
+
+    def image(self) -> np.ndarray:
+        """Mean of the frames, (height, width, 3) float32 [W m^-2 sr^-1]; zeros before the first."""
+        total = self.sums.numpy().astype(np.float64) - self.errors.numpy()
+        mean = total / max(self.n_frames, 1)
+        return mean.astype(np.float32).reshape(self.tracer.height, self.tracer.width, 3)
+
+    def stats(self) -> dict[str, float]:
+        """invalid_samples: samples left out for not being finite or negative. clamped_fraction: energy the clamp took."""
+        clamped = float(self._clamped.numpy().sum(dtype=np.float64))
+        kept = float(self.sums.numpy().sum(dtype=np.float64))
+        return {
+            "invalid_samples": int(self._n_invalid.numpy().sum()),
+            "clamped_fraction": clamped / (clamped + kept) if clamped > 0.0 else 0.0,
+        }

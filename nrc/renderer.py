@@ -1,0 +1,124 @@
+"""`Renderer`: path tracer, radiance cache and film; one `frame()` traces, asks, learns and accumulates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from nrc.cache import CacheConfig, RadianceCache
+from nrc.device_scene import DeviceScene
+from nrc.film import Film
+from nrc.kernels import film as kf
+from nrc.launch import prepare
+from nrc.pathtracer import PathTracer, PathTracerConfig
+from nrc.scene import Scene
+
+STAGES = ("trace", "query", "tails", "train", "film")
+
+
+class Renderer:
+    """Renders a scene frame by frame, one sample per pixel each.
+
+    Args:
+        scene: Host scene, or one already uploaded.
+        width, height: Picture size [px].
+        config: How paths are traced; its integrator decides whether there is a cache.
+        cache: What the cache is made of.
+        clamp: Largest component that one frame may add to a pixel; 0 for none. A clamp loses energy: see `Film.stats`.
+        device: Warp device; ignored for an uploaded scene.
+
+    Attributes:
+        tracer, cache, film: The parts; `cache` is None for the path integrator.
+        train: Whether frames train the cache.
+        stage_seconds: Wall-clock seconds per stage of `STAGES`, summed over frames.
+    """
+
+    def __init__(
+        self,
+        scene: Scene | DeviceScene,
+        width: int,
+        height: int,
+        config: PathTracerConfig | None = None,
+        *,
+        cache: CacheConfig | None = None,
+        clamp: float = 0.0,
+        device: Any = None,
+    ) -> None:
+        self.config = config or PathTracerConfig()
+        self.scene = scene if isinstance(scene, DeviceScene) else DeviceScene(scene, device)
+        self.device = self.scene.device
+        cache_config = cache or CacheConfig()
+        with_cache = self.config.integrator != "path"
+        n_paths = min(width * height, cache_config.n_training_records)
+        self.tracer = PathTracer(self.scene, width, height, self.config, max_training_paths=n_paths)
+        self.cache: RadianceCache | None = None
+        if with_cache:
+            self.cache = RadianceCache(
+                self.scene.bounds,
+                cache_config,
+                max_queries=max(self.tracer.queries.capacity, self.tracer.tails.capacity),
+                max_records=self.tracer.records.capacity,
+                device=self.device,
+            )
+        self.film = Film(self.tracer, clamp=clamp)
+        self.train = True
+        self.frame_index = 0
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self._records_per_path = 4.0  # running estimate that sizes the training tiles
+
+    def prepare(self) -> float:
+        """Compile what frames need; seconds it took."""
+        kernels = {**PathTracer.kernels(self.config), "film": kf.accumulate}
+        if self.cache is not None:
+            kernels |= self.cache.kernels()
+        return prepare(kernels, self.device)
+
+    def frame(self) -> None:
+        """Trace one path per pixel, complete the picture from the cache, train the cache, add to the film."""
+        tracer, cache = self.tracer, self.cache
+        n_paths = 0
+        if cache is not None and self.train:
+            n_paths = max(1, int(cache.config.n_training_records / self._records_per_path))
+        with self._stage("trace"):
+            tracer.trace(self.frame_index, n_training_paths=n_paths)
+        radiance = None
+        if cache is not None:
+            if n_paths:
+                self._train_cache(cache)
+            with self._stage("query"):
+                radiance = cache.query(tracer.queries, tracer.n_queries)
+        with self._stage("film"):
+            self.film.add(radiance)
+        self.frame_index += 1
+
+    def image(self) -> np.ndarray:
+        """Mean of the accumulated frames, (height, width, 3) float32 [W m^-2 sr^-1]."""
+        return self.film.image()
+
+    def restart(self) -> None:
+        """Clear the film; the cache keeps what it learned."""
+        self.film.clear()
+
+    def _train_cache(self, cache: RadianceCache) -> None:
+        tracer = self.tracer
+        with self._stage("tails"):
+            tails = cache.query_primary(tracer.tails, tracer.n_tails)
+            tracer.gather_targets(tails)
+        with self._stage("train"):
+            cache.train(tracer.records, tracer.targets, tracer.n_records)
+        n_records = int(tracer.n_records.numpy()[0])
+        if n_records and tracer.n_training_paths:
+            measured = max(n_records / tracer.n_training_paths, 0.25)
+            self._records_per_path += 0.1 * (measured - self._records_per_path)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        wp.synchronize_device(self.device)
+        self.stage_seconds[name] += time.perf_counter() - start
