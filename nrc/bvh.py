@@ -26,6 +26,7 @@ class Bvh:
 
     Attributes:
         accel: Filled `Accel` struct; valid as long as this object lives.
+        depth: Levels of the hierarchy (CPU only).
         build_seconds: Wall-clock time of the build.
 
     Raises:
@@ -39,13 +40,16 @@ class Bvh:
         triangles = positions[indices]  # (m, 3 vertices, 3)
         usable = _usable(triangles)
         if wp.get_device(device).is_cpu:
-            self._nodes, self._blocks = _build(triangles, np.flatnonzero(usable).astype(np.int32))
-            self.accel.nodes = self._nodes.ctypes.data
-            self.accel.blocks = self._blocks.ctypes.data
-        else:
+            self._nodes, self._blocks, self.depth = _build(triangles, np.flatnonzero(usable).astype(np.int32))
+            self.accel.nodes = wp.uint64(self._nodes.ctypes.data)
+            self.accel.blocks = wp.uint64(self._blocks.ctypes.data)
+        elif len(indices):
             kept = np.where(usable[:, None], indices, indices[:, :1])  # three equal vertices are never hit
+            finite = np.where(np.isfinite(positions), positions, np.float32(0.0))
             self._mesh = wp.Mesh(
-                wp.array(positions, dtype=wp.vec3, device=device), wp.array(kept.ravel(), dtype=int, device=device)
+                wp.array(finite, dtype=wp.vec3, device=device),
+                wp.array(kept.ravel(), dtype=int, device=device),
+                bvh_constructor="sah",
             )
             self.accel.mesh = self._mesh.id
         self.build_seconds = time.perf_counter() - start
@@ -57,10 +61,8 @@ def _check(positions: np.ndarray, indices: np.ndarray) -> None:
             raise ValueError(
                 f"{name} must be (n, 3) {np.dtype(dtype).name}, got shape {array.shape} and dtype {array.dtype}"
             )
-    if indices.size and not (0 <= indices.min() and indices.max() < len(positions)):
-        raise ValueError(
-            f"indices must be in [0, {len(positions)}), got {indices.min()} ... {indices.max()}"
-        )
+    if indices.size and not (indices.min() >= 0 and indices.max() < len(positions)):
+        raise ValueError(f"indices must be in [0, {len(positions)}), got {indices.min()} ... {indices.max()}")
 
 
 def _usable(triangles: np.ndarray) -> np.ndarray:
@@ -72,19 +74,21 @@ def _usable(triangles: np.ndarray) -> np.ndarray:
     return finite & (double_area > DEGENERATE * longest)
 
 
-def _build(triangles: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and leaf blocks of the hierarchy over `triangles[order]`."""
+def _build(triangles: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Nodes, leaf blocks and depth of the hierarchy over `triangles[order]`."""
     n = len(order)
     boxes = _aligned(n, 8).reshape(n, 2, 4)
-    boxes[:, 0, :3] = triangles[order].min(axis=1)
-    boxes[:, 1, :3] = triangles[order].max(axis=1)
+    kept = triangles[order]
+    padding = np.finfo(np.float32).eps * np.abs(kept).max(initial=0.0)  # a ray along a face of a box still meets it
+    boxes[:, 0, :3] = kept.min(axis=1) - padding
+    boxes[:, 1, :3] = kept.max(axis=1) + padding
     boxes[:, :, 3] = 0.0
     nodes = _aligned(n + 1, NODE_FLOATS)
     leaves = np.empty((n, 2), np.int32)
     counts = np.empty(3, np.int32)
     addresses = [array.ctypes.data for array in (boxes, order, nodes, leaves, counts)]
     launch(build_bvh, 1, inputs=[n, *addresses], device=wp.get_device("cpu"))
-    n_nodes, n_leaves, depth = counts
+    n_nodes, n_leaves, depth = counts.tolist()
     if depth > MAX_DEPTH:
         raise RuntimeError(f"hierarchy is {depth} levels deep, the traversal stack holds {MAX_DEPTH}")
 
@@ -96,9 +100,9 @@ def _build(triangles: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.nda
     corners = np.where(filled[:, :, None, None], triangles[face], 0.0)  # three equal vertices are never hit
     blocks[:, : 9 * WIDTH] = corners.transpose(0, 2, 3, 1).reshape(n_leaves, 9 * WIDTH)
     blocks[:, 9 * WIDTH :] = face.view(np.float32)
-    kept = _aligned(n_nodes, NODE_FLOATS)
-    kept[:] = nodes[:n_nodes]
-    return kept, blocks
+    used = _aligned(n_nodes, NODE_FLOATS)
+    used[:] = nodes[:n_nodes]
+    return used, blocks, depth
 
 
 def _aligned(rows: int, columns: int) -> np.ndarray:

@@ -41,6 +41,7 @@ class CacheConfig:
     n_neurons: int = 64
     n_hidden_layers: int | None = None
     learning_rate: float | None = None
+    beta2: float = 0.99
     ema_decay: float = 0.99
     batch_size: int = 2048
     n_batches: int = 4
@@ -101,7 +102,7 @@ class CacheConfig:
             "otype": "Adam",
             "learning_rate": rate,
             "beta1": 0.9,
-            "beta2": 0.99,
+            "beta2": self.beta2,
             "epsilon": 1e-15,
             "l2_reg": 1e-6,
         }
@@ -255,11 +256,20 @@ class RadianceCache:
         for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):
             counter.zero_()
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything `load_state` needs to go on as if nothing had happened: weights, moments, averages, counters."""
+        return {name: array.numpy() for name, array in self._arrays().items()}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from `state` of a cache with the same configuration."""
+        for name, array in self._arrays().items():
+            array.assign(state[name])
+
     def stats(self) -> dict[str, float]:
         """Counters read back from the device: a synchronisation point.
 
         Keys: records (used by the last `train`), rounds, dropped_records, invalid_queries, skipped_steps,
-        radiance_scale, bytes (device memory held).
+        radiance_scale.
         """
         return {
             "records": int(min(self._n_valid.numpy()[0], self.config.n_training_records)),
@@ -269,6 +279,10 @@ class RadianceCache:
             "skipped_steps": int(self.trainer.skipped_steps.numpy()[0]),
             "radiance_scale": float(self._scale.numpy()[0]),
         }
+
+    def _arrays(self) -> dict[str, wp.array]:
+        trainer = {f"trainer.{name}": array for name, array in self.trainer.state_arrays().items()}
+        return {"scale": self._scale, "round": self._round, **trainer}
 
     def _query(self, records: Records, count: wp.array | None, params: wp.array) -> wp.array:
         n = records.capacity

@@ -13,6 +13,7 @@ from .kernels import encoding as enc
 from .kernels import network as net
 from .launch import launch, resolve_device, threads
 
+SLICE_ROWS = 65536  # rows the CPU evaluates at once; their grid features are kept between two launches
 GRID_INIT = 1e-4  # table entries start uniform in +-GRID_INIT
 
 
@@ -57,6 +58,10 @@ class Field:
         self.wide = wide(self.device)
         make_infer = net.make_infer_wide if self.wide else net.make_infer
         self._infer = make_infer(self.encoding, self.network)
+        self._encode_grids = [
+            enc.make_encode_grid_wide(self.encoding, part) for part in self.encoding.grids if self.wide
+        ]
+        self._features = self.allocate_features(SLICE_ROWS if self.wide else 1)
         self.params = wp.empty(self.n_params, dtype=float, device=self.device)
         self.reset()
 
@@ -104,23 +109,48 @@ class Field:
             params = self.params
         elif params.shape != (self.n_params,) or params.dtype != wp.float32 or params.device != self.device:
             raise ValueError(f"params must be {self.n_params} float32 on {self.device}, got {describe(params)}")
-        n_rows = x.shape[0]
-        n, range_size = n_rows, None
-        if self.wide:
-            n = -(-n_rows // enc.BLOCK)
-            range_size = max(1, n // (4 * threads()))
-        launch(
-            self._infer,
-            n,
-            inputs=[params, n_rows, count, x],
-            outputs=[out],
-            device=self.device,
-            range_size=range_size,
-        )
+        if not self.wide:
+            launch(self._infer, x.shape[0], inputs=[params, x.shape[0], count, x], outputs=[out], device=self.device)
+            return
+        for row in range(0, x.shape[0], SLICE_ROWS):
+            n_rows = min(SLICE_ROWS, x.shape[0] - row)
+            self.encode_grids(params, row, n_rows, count, x, self._features)
+            n_blocks = -(-n_rows // enc.BLOCK)
+            launch(
+                self._infer,
+                n_blocks,
+                inputs=[params, row, n_rows, count, x, self._features],
+                outputs=[out],
+                device=self.device,
+                range_size=max(1, n_blocks // (4 * threads())),
+            )
+
+    def allocate_features(self, n_rows: int) -> wp.array:
+        """Room for the grid features of `n_rows` rows: (grid levels, n_rows, n_features_per_level)."""
+        grids = [part.config for part in self.encoding.grids]
+        n_levels = max(1, sum(grid.n_levels for grid in grids))
+        n_features = max([grid.n_features_per_level for grid in grids], default=1)
+        return wp.zeros((n_levels, n_rows, n_features), dtype=float, device=self.device)
+
+    def encode_grids(
+        self, params: wp.array, row: int, n_rows: int, count: wp.array | None, x: wp.array, out: wp.array
+    ) -> None:
+        """CPU only: write the grid features of rows [row, row + n_rows) of `x`, level by level, into `out`."""
+        n_parts = -(-n_rows // enc.GRID_ROWS)
+        for part, encode in zip(self.encoding.grids, self._encode_grids, strict=True):
+            launch(
+                encode,
+                part.config.n_levels * n_parts,
+                inputs=[params, row, n_rows, count, x],
+                outputs=[out],
+                device=self.device,
+                range_size=1,
+            )
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels by name, for `nrc.launch.prepare`."""
-        return {"field inference": self._infer}
+        kernels = {"field inference": self._infer}
+        return kernels | {f"grid encoding {i}": kernel for i, kernel in enumerate(self._encode_grids)}
 
 
 def wide(device: wp.Device) -> bool:

@@ -50,9 +50,20 @@ class Film:
 
     def clear(self) -> None:
         """Start over."""
-        for array in (self.sums, self.errors, self._clamped, self._n_invalid):
+        for array in self._arrays().values():
             array.zero_()
         self.n_frames = 0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything `load_state` needs to go on as if nothing had happened."""
+        arrays = {name: array.numpy() for name, array in self._arrays().items()}
+        return {**arrays, "n_frames": np.array([self.n_frames])}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from `state`."""
+        for name, array in self._arrays().items():
+            array.assign(state[name])
+        self.n_frames = int(state["n_frames"][0])
 
     def image(self) -> np.ndarray:
         """Mean of the frames, (height, width, 3) float32 [W m^-2 sr^-1]; zeros before the first."""
@@ -68,3 +79,6 @@ class Film:
             "invalid_samples": int(self._n_invalid.numpy().sum()),
             "clamped_fraction": clamped / (clamped + kept) if clamped > 0.0 else 0.0,
         }
+
+    def _arrays(self) -> dict[str, wp.array]:
+        return {"sums": self.sums, "errors": self.errors, "clamped": self._clamped, "n_invalid": self._n_invalid}

@@ -132,11 +132,11 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         if image.shape[2] != 3:
             raise ImageError(f"{path}: .hdr holds 3 channels, got {image.shape[2]}")
         encoded = _encode_hdr(image)
-        _write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
+        write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
     elif extension == ".png":
         pixels = image if image.dtype == np.uint8 else to_srgb8(image)
         picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        _write_atomically(path, lambda temporary: picture.save(temporary))
+        write_atomically(path, lambda temporary: picture.save(temporary))
     else:
         raise ImageError(f"{path}: cannot write '{extension}'; supported: {', '.join(WRITE_EXTENSIONS)}")
 
@@ -174,7 +174,7 @@ def write_exr(
             full_name = name if layer == "color" else f"{layer}.{name}"
             channels[full_name] = np.ascontiguousarray(image[:, :, i], dtype=np.float32)
     header = {**(metadata or {}), "compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-    _write_atomically(path, lambda temporary: OpenEXR.File(header, channels).write(str(temporary)))
+    write_atomically(path, lambda temporary: OpenEXR.File(header, channels).write(str(temporary)))
 
 
 def srgb_encode(linear: np.ndarray) -> np.ndarray:
@@ -232,7 +232,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

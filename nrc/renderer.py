@@ -13,8 +13,9 @@ import warp as wp
 from nrc.cache import CacheConfig, RadianceCache
 from nrc.device_scene import DeviceScene
 from nrc.film import Film
+from nrc.kernels import aov as ka
 from nrc.kernels import film as kf
-from nrc.launch import prepare
+from nrc.launch import launch, prepare
 from nrc.pathtracer import PathTracer, PathTracerConfig
 from nrc.scene import Scene
 
@@ -35,6 +36,7 @@ class Renderer:
     Attributes:
         tracer, cache, film: The parts; `cache` is None for the path integrator.
         train: Whether frames train the cache.
+        n_records: Training records that the last frame's paths left.
         stage_seconds: Wall-clock seconds per stage of `STAGES`, summed over frames.
     """
 
@@ -69,6 +71,8 @@ class Renderer:
         self.train = True
         self.frame_index = 0
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self.n_records = 0
+        self._n_timed = 0
         self._records_per_path = 4.0  # running estimate that sizes the training tiles
 
     def prepare(self) -> float:
@@ -95,14 +99,62 @@ class Renderer:
         with self._stage("film"):
             self.film.add(radiance)
         self.frame_index += 1
+        self._n_timed += 1
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, (height, width, 3) float32 [W m^-2 sr^-1]."""
         return self.film.image()
 
+    def stages_ms(self) -> dict[str, float]:
+        """Mean wall-clock milliseconds per frame and stage."""
+        n = max(self._n_timed, 1)
+        return {name: 1e3 * seconds / n for name, seconds in self.stage_seconds.items() if seconds > 0.0}
+
     def restart(self) -> None:
         """Clear the film; the cache keeps what it learned."""
         self.film.clear()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything `load_state` needs to render on as if nothing had happened."""
+        parts: dict[str, Any] = {"film": self.film}
+        if self.cache is not None:
+            parts["cache"] = self.cache
+        state = {f"{part}.{name}": value for part, owner in parts.items() for name, value in owner.state().items()}
+        state["frame_index"] = np.array([self.frame_index])
+        state["records_per_path"] = np.array([self._records_per_path])
+        return state
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from `state` of a renderer with the same configuration."""
+        parts: dict[str, Any] = {"film": self.film}
+        if self.cache is not None:
+            parts["cache"] = self.cache
+        for part, owner in parts.items():
+            owner.load_state({name.removeprefix(f"{part}."): value for name, value in state.items()})
+        self.frame_index = int(state["frame_index"][0])
+        self._records_per_path = float(state["records_per_path"][0])
+
+    def aovs(self) -> dict[str, np.ndarray]:
+        """First-hit layers: albedo, normal, position (h, w, 3), depth (h, w), material_id (h, w)."""
+        tracer = self.tracer
+        n, shape = tracer.n_pixels, (tracer.height, tracer.width)
+        arrays = {
+            "albedo": wp.zeros(n, dtype=wp.vec3, device=self.device),
+            "normal": wp.zeros(n, dtype=wp.vec3, device=self.device),
+            "depth": wp.zeros(n, dtype=float, device=self.device),
+            "position": wp.zeros(n, dtype=wp.vec3, device=self.device),
+            "material_id": wp.zeros(n, dtype=int, device=self.device),
+        }
+        prepare({"first-hit layers": ka.trace_first_hits}, self.device)
+        launch(
+            ka.trace_first_hits,
+            n,
+            inputs=[self.scene.view, tracer.camera],
+            outputs=list(arrays.values()),
+            device=self.device,
+        )
+        layers = {name: array.numpy() for name, array in arrays.items()}
+        return {name: value.reshape(*shape, *value.shape[1:]).astype(np.float32) for name, value in layers.items()}
 
     def _train_cache(self, cache: RadianceCache) -> None:
         tracer = self.tracer
@@ -111,9 +163,9 @@ class Renderer:
             tracer.gather_targets(tails)
         with self._stage("train"):
             cache.train(tracer.records, tracer.targets, tracer.n_records)
-        n_records = int(tracer.n_records.numpy()[0])
-        if n_records and tracer.n_training_paths:
-            measured = max(n_records / tracer.n_training_paths, 0.25)
+        self.n_records = int(tracer.n_records.numpy()[0])
+        if self.n_records and tracer.n_training_paths:
+            measured = max(self.n_records / tracer.n_training_paths, 0.25)
             self._records_per_path += 0.1 * (measured - self._records_per_path)
 
     @contextmanager

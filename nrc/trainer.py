@@ -64,15 +64,13 @@ class Trainer:
     def _allocate(self) -> None:
         field, batch = self.field, self.batch_size
         device, n_params = field.device, field.n_params
-        grids = [part.config for part in field.encoding.grids]
         self.chunk_size = min(MAX_CHUNK, max(MIN_CHUNK, 1 << max(0, (batch // 32).bit_length() - 1)))
         n_chunks = -(-batch // self.chunk_size)
 
         def zeros(*shape: int, dtype: Any = float) -> wp.array:
             return wp.zeros(shape, dtype=dtype, device=device)
 
-        n_levels = max(1, sum(grid.n_levels for grid in grids))
-        self._dL_dgrid = zeros(n_levels, batch, max([grid.n_features_per_level for grid in grids], default=1))
+        self._dL_dgrid = field.allocate_features(batch)
         self._chunk_gradient = zeros(n_chunks, field.network.n_params)
         self._chunk_loss = zeros(n_chunks)
         self._chunk_finite = zeros(n_chunks, dtype=int)
@@ -148,6 +146,20 @@ class Trainer:
             array.zero_()
         adam.learning_rate.fill_(self.optimizer.learning_rate)
 
+    def state_arrays(self) -> dict[str, wp.array]:
+        """The device arrays that training changes, by name: parameters, moments, averages and counters."""
+        adam = self._adam
+        return {
+            "params": self.params,
+            "m": adam.m,
+            "v": adam.v,
+            "steps": adam.steps,
+            "ema": adam.ema,
+            "stamps": adam.stamps,
+            "counters": self._state,
+            "learning_rate": adam.learning_rate,
+        }
+
     def step(self, x: wp.array, y: wp.array, *, count: wp.array | None = None) -> wp.array:
         """Take one optimizer step on the mean loss over rows x outputs.
 
@@ -182,6 +194,8 @@ class Trainer:
         return self._loss
 
     def _backpropagate_wide(self, x: wp.array, y: wp.array, rows: list[Any]) -> None:
+        # The features' buffer becomes their gradients'
+        self.field.encode_grids(self.field.params, 0, *rows, x, self._dL_dgrid)
         launch(
             self._backpropagate,
             -(-x.shape[0] // self.chunk_size),

@@ -6,7 +6,7 @@ import reference_learning as reference
 import warp as wp
 
 from nrc.field import parse_encoding
-from nrc.kernels.encoding import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode
+from nrc.kernels.encoding import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode, make_encode_grid_wide
 
 TOLERANCE = 2e-6  # a few roundings of values of order one
 GRID = {
@@ -28,20 +28,34 @@ def encode_rows(encoding, x, params):
         + f"alignas(64) float code[{BLOCK * n_padded}];\n{encode_block_source(encoding)}\n"
         + f"for (int i = 0; i < n * {n_padded}; ++i) y.data[row * {n_padded} + i] = code[i];"
     )
-    def encode_block(row: int, n: int, x: wp.array2d[float], params: wp.array[float], y: wp.array2d[float]): ...
+    def encode_block(
+        row: int, row_features: int, n: int, x: wp.array2d[float], features: wp.array3d[float], y: wp.array2d[float]
+    ): ...
 
     @wp.kernel(module="unique", enable_backward=False)
-    def run(x: wp.array2d[float], params: wp.array[float], y: wp.array2d[float], blocks: wp.array2d[float]):
+    def run(
+        x: wp.array2d[float],
+        params: wp.array[float],
+        features: wp.array3d[float],
+        y: wp.array2d[float],
+        blocks: wp.array2d[float],
+    ):
         i = wp.tid()
         code = encode(x, i, params)
         for k in range(n_padded):
             y[i, k] = code[k]
         if i % BLOCK == 0:
-            encode_block(i, wp.min(BLOCK, x.shape[0] - i), x, params, blocks)
+            encode_block(i, i, wp.min(BLOCK, x.shape[0] - i), x, features, blocks)
 
-    inputs = [wp.array(x, dtype=float, device="cpu"), wp.array(params, dtype=float, device="cpu")]
-    outputs = [wp.full((len(x), n_padded), wp.nan, dtype=float, device="cpu") for _ in range(2)]
-    wp.launch(run, len(x), inputs=inputs, outputs=outputs, device="cpu")
+    x, params = wp.array(x, dtype=float, device="cpu"), wp.array(params, dtype=float, device="cpu")
+    n = x.shape[0]
+    features = wp.full((64, n, 8), wp.nan, dtype=float, device="cpu")
+    for part in encoding.grids:
+        kernel = make_encode_grid_wide(encoding, part)
+        inputs = [0, params, 0, n, None, x]
+        wp.launch(kernel, part.config.n_levels, inputs=inputs, outputs=[features], device="cpu")
+    outputs = [wp.full((n, n_padded), wp.nan, dtype=float, device="cpu") for _ in range(2)]
+    wp.launch(run, n, inputs=[x, params, features], outputs=outputs, device="cpu")
     return [out.numpy() for out in outputs]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from nrc.scene import Camera, Checkerboard, Environment, Mesh, Scene, SceneError
 mi = pytest.importorskip("mitsuba", reason="the mitsuba package is not installed")
 
 SINGLE = 2e-5  # relative rounding of a few float32 operations
-SENSOR = '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm"><rfilter type="box"/></film></sensor>'
+SENSOR = (
+    '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm"><rfilter type="box"/>'
+    "</film></sensor>"
+)
 SHAPE = '<shape type="rectangle"/>'
 
 
@@ -53,6 +57,7 @@ FIELDS_OF_VIEW = {
     "smaller": '<float name="fov" value="35"/><string name="fov_axis" value="smaller"/>',
     "larger": '<float name="fov" value="70"/><string name="fov_axis" value="larger"/>',
     "diagonal": '<float name="fov" value="70"/><string name="fov_axis" value="diagonal"/>',
+    "nothing": "",
     "focal_length": '<string name="focal_length" value="35mm"/>',
 }
 
@@ -166,7 +171,10 @@ def mitsuba_lookup(texture, uv: tuple[float, float]) -> np.ndarray:
     return np.array(texture.eval(si), float).ravel()
 
 
-TO_UV = '<transform name="to_uv"><scale x="1.7" y="2.3"/><rotate z="1" angle="20"/><translate x="0.3" y="-0.2"/></transform>'
+TO_UV = (
+    '<transform name="to_uv"><scale x="1.7" y="2.3"/><rotate z="1" angle="20"/><translate x="0.3" y="-0.2"/>'
+    "</transform>"
+)
 
 
 @pytest.mark.parametrize("wrap", ["repeat", "clamp", "mirror"])
@@ -202,7 +210,8 @@ def test_checkerboard_lookup_is_mitsubas(tmp_path):
     colours = '<rgb name="color0" value="0.9,0.5,0.1"/><rgb name="color1" value="0.2,0.3,0.4"/>'
     grey = '<float name="color0" value="0.09"/><float name="color1" value="0.64"/>'
     body = (
-        f'<bsdf type="roughconductor"><texture type="checkerboard" name="specular_reflectance">{colours}{TO_UV}</texture>'
+        f'<bsdf type="roughconductor">'
+        f'<texture type="checkerboard" name="specular_reflectance">{colours}{TO_UV}</texture>'
         f'<texture type="checkerboard" name="alpha">{grey}{TO_UV}</texture></bsdf>'
     )
     material = read(tmp_path, f'{SENSOR}<shape type="rectangle">{body}</shape>').materials[0]
@@ -253,7 +262,10 @@ def test_envmap_lookup_is_mitsubas(tmp_path):
     image = np.random.default_rng(5).random((height, width, 3)).astype(np.float32)
     mi.Bitmap(image).write(str(tmp_path / "env.exr"))
     turn = '<transform name="to_world"><rotate x="1" angle="30"/><rotate y="1" angle="110"/></transform>'
-    envmap = f'<emitter type="envmap"><string name="filename" value="env.exr"/><float name="scale" value="2.5"/>{turn}</emitter>'
+    envmap = (
+        f'<emitter type="envmap"><string name="filename" value="env.exr"/>'
+        f'<float name="scale" value="2.5"/>{turn}</emitter>'
+    )
     environment = read(tmp_path, SENSOR + SHAPE + envmap).environment
     emitter = mi.load_file(str(tmp_path / "scene.xml")).environment()
     second_difference = np.abs(np.diff(image, 2, axis=0)).max() * 2.5
@@ -272,7 +284,10 @@ def test_envmap_lookup_is_mitsubas(tmp_path):
 OBJ = "v 0 0 0\nv 2 0 0\nv 0 1 0\nv 0 0 1.5\nvt 0 0\nvt 1 0\nvt 0 0.25\nvn 0 0 1\nvn 0.6 0 0.8\n"
 OBJ += "f 1/1/1 2/2/2 3/3/1\nf 1/1/2 3/2/1 4/3/2\n"
 STRETCH = '<transform name="to_world"><scale x="1.5" y="0.5"/><rotate x="1" angle="25"/></transform>'
-TRANSFORM = '<transform name="to_world"><scale value="1.5"/><rotate y="1" angle="40"/><translate x="0.3" y="1" z="-2"/></transform>'
+TRANSFORM = (
+    '<transform name="to_world"><scale value="1.5"/><rotate y="1" angle="40"/>'
+    '<translate x="0.3" y="1" z="-2"/></transform>'
+)
 MIRROR = '<transform name="to_world"><scale x="-1.5" y="1.5" z="1.5"/><translate x="0.3" y="1" z="-2"/></transform>'
 FLIP = '<boolean name="flip_normals" value="true"/>'
 FACE = '<boolean name="face_normals" value="true"/>'
@@ -283,7 +298,8 @@ MESHES = {
     "rectangle": '<shape type="rectangle">{}</shape>',
 }
 CURVED = {
-    "sphere": '<shape type="sphere"><point name="center" x="0.2" y="-0.1" z="0.4"/><float name="radius" value="0.8"/>{}</shape>',
+    "sphere": '<shape type="sphere"><point name="center" x="0.2" y="-0.1" z="0.4"/>'
+    '<float name="radius" value="0.8"/>{}</shape>',
     "disk": '<shape type="disk">{}</shape>',
     "cylinder": '<shape type="cylinder"><point name="p0" x="0.1" y="0" z="-1"/><point name="p1" x="0.5" y="1" z="1"/>'
     '<float name="radius" value="0.7"/>{}</shape>',
@@ -355,9 +371,8 @@ def test_shapes_are_hit_where_and_how_mitsuba_hits_them(tmp_path, kind, options)
         np.testing.assert_allclose(t, si.t, atol=1e-4 if exact else 5e-3)
         np.testing.assert_allclose(n, front, atol=1e-4 if exact else 5e-3)
         assert ng @ front > 0
-        if uv is not None:
-            if exact or kind == "disk" or abs(uv[1] - 0.5) < 0.4:
-                np.testing.assert_allclose(uv, np.array(si.uv), atol=1e-4 if exact else 5e-3)
+        if uv is not None and (exact or kind == "disk" or abs(uv[1] - 0.5) < 0.4):
+            np.testing.assert_allclose(uv, np.array(si.uv), atol=1e-4 if exact else 5e-3)
     assert n_hits > 15
     assert n_disagreed <= 2
 
@@ -420,7 +435,10 @@ def test_normal_mapped_meshes_get_mitsubas_tangents(tmp_path):
     """Tangents point along dp/du of the triangle hit."""
     save_image(tmp_path / "t.png", 3)
     write_meshes(tmp_path)
-    texture = '<texture type="bitmap" name="normalmap"><string name="filename" value="t.png"/><boolean name="raw" value="true"/></texture>'
+    texture = (
+        '<texture type="bitmap" name="normalmap"><string name="filename" value="t.png"/>'
+        '<boolean name="raw" value="true"/></texture>'
+    )
     bsdf = f'<bsdf type="normalmap">{texture}<bsdf type="diffuse"/></bsdf>'
     scene = read(tmp_path, SENSOR + MESHES["obj"].format(TRANSFORM + bsdf))
     mesh = scene.meshes[0]
@@ -484,9 +502,12 @@ def test_lights_keep_place_direction_and_strength(tmp_path):
     """point, spot, directional and constant come through with Mitsuba's meaning of each parameter."""
     aim = '<transform name="to_world"><lookat origin="1,2,3" target="1,0,3" up="0,0,1"/></transform>'
     body = (
-        '<emitter type="point"><point name="position" x="1" y="2" z="3"/><rgb name="intensity" value="4,5,6"/></emitter>'
-        f'<emitter type="spot">{aim}<rgb name="intensity" value="7,8,9"/><float name="cutoff_angle" value="40"/></emitter>'
-        '<emitter type="directional"><vector name="direction" x="0" y="-2" z="0"/><rgb name="irradiance" value="1,2,3"/></emitter>'
+        '<emitter type="point"><point name="position" x="1" y="2" z="3"/><rgb name="intensity" value="4,5,6"/>'
+        "</emitter>"
+        f'<emitter type="spot">{aim}<rgb name="intensity" value="7,8,9"/><float name="cutoff_angle" value="40"/>'
+        f"</emitter>"
+        '<emitter type="directional"><vector name="direction" x="0" y="-2" z="0"/>'
+        '<rgb name="irradiance" value="1,2,3"/></emitter>'
         '<emitter type="constant"><rgb name="radiance" value="0.1,0.2,0.3"/></emitter>'
     )
     scene = read(tmp_path, SENSOR + SHAPE + body)
@@ -536,7 +557,8 @@ TABLE = {
     '<rgb name="specular_transmittance" value="0.9,0.8,0.7"/></bsdf>': {
         "kind": "dielectric", "ior": 1.25, "transmittance": (0.9, 0.8, 0.7), "specular": (1, 1, 1)
     },
-    '<bsdf type="roughdielectric"><float name="alpha" value="0.09"/></bsdf>': {"kind": "dielectric", "roughness": (0.3, 0.3)},
+    '<bsdf type="roughdielectric"><float name="alpha" value="0.09"/>'
+        '</bsdf>': {"kind": "dielectric", "roughness": (0.3, 0.3)},
     '<bsdf type="thindielectric"/>': {"kind": "thin_dielectric", "roughness": (0, 0)},
     '<bsdf type="plastic"><rgb name="diffuse_reflectance" value="0.2,0.3,0.4"/><boolean name="nonlinear" value="true"/>'
     '<float name="int_ior" value="1.9"/><float name="ext_ior" value="1"/></bsdf>': {
@@ -546,7 +568,8 @@ TABLE = {
         "kind": "plastic", "roughness": (0.4, 0.4), "distribution": "ggx", "base_color": (0.5, 0.5, 0.5)
     },
     '<bsdf type="principled"><rgb name="base_color" value="0.1,0.2,0.3"/><float name="roughness" value="0.3"/>'
-    '<float name="metallic" value="0.6"/><float name="spec_trans" value="0.2"/><float name="clearcoat" value="0.7"/></bsdf>': {
+    '<float name="metallic" value="0.6"/><float name="spec_trans" value="0.2"/>'
+        '<float name="clearcoat" value="0.7"/></bsdf>': {
         "kind": "principled", "base_color": (0.1, 0.2, 0.3), "roughness": (0.3, 0.3), "metallic": 0.6,
         "transmission": 0.2, "clearcoat": 0.7, "ior": 1.5
     },
@@ -595,12 +618,14 @@ def test_equal_materials_are_shared(tmp_path):
 
 ANNOUNCED = {
     "'gaussian' filter": (
-        '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm"><rfilter type="gaussian"/></film></sensor>'
+        '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm">'
+            '<rfilter type="gaussian"/></film></sensor>'
         + SHAPE,
         "reconstruction filter gaussian substituted by box",
     ),
     "crop": (
-        '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm"><integer name="crop_width" value="4"/>'
+        '<sensor type="perspective"><float name="fov" value="40"/><film type="hdrfilm">'
+            '<integer name="crop_width" value="4"/>'
         '<rfilter type="box"/></film></sensor>' + SHAPE,
         "crop_width ignored",
     ),
@@ -610,11 +635,13 @@ ANNOUNCED = {
     ),
     "hair": (SENSOR + '<shape type="rectangle"><bsdf type="hair"/></shape>', "'hair': substituted by diffuse"),
     "two sides": (
-        SENSOR + '<shape type="rectangle"><bsdf type="twosided"><bsdf type="diffuse"/><bsdf type="plastic"/></bsdf></shape>',
+        SENSOR + '<shape type="rectangle"><bsdf type="twosided"><bsdf type="diffuse"/><bsdf type="plastic"/>'
+            '</bsdf></shape>',
         "its back bsdf 'plastic' is substituted by its front",
     ),
     "blend": (
-        SENSOR + '<shape type="rectangle"><bsdf type="blendbsdf"><float name="weight" value="0.8"/><bsdf type="diffuse"/>'
+        SENSOR + '<shape type="rectangle"><bsdf type="blendbsdf"><float name="weight" value="0.8"/>'
+            '<bsdf type="diffuse"/>'
         '<bsdf type="plastic"/></bsdf></shape>',
         "substituted by its bsdf 'plastic'",
     ),
@@ -644,7 +671,7 @@ def test_substitutions_are_announced_once(tmp_path, what):
 
 
 def test_textures_without_equivalent_are_sampled(tmp_path):
-    """A checkerboard of bitmaps is sampled: its lookup agrees with Mitsuba's away from the edges, and it is announced."""
+    """A checkerboard of bitmaps is sampled and announced; its lookup agrees with Mitsuba's away from the edges."""
     save_image(tmp_path / "t.png", 3)
     nested = '<texture type="bitmap" name="color0"><string name="filename" value="t.png"/></texture>'
     texture = f'<texture type="checkerboard" name="reflectance">{nested}</texture>'
@@ -661,9 +688,9 @@ def test_textures_without_equivalent_are_sampled(tmp_path):
 
 BAD = {
     '<shape type="obj"><string name="filename" value="nope.obj"/></shape>': "nope.obj",
-    '<shape type="blob"/>': "Mitsuba has no shape plugin 'blob'",
-    '<shape type="rectangle"><bsdf type="blob"/></shape>': "Mitsuba has no BSDF plugin 'blob'",
-    '<shape type="rectangle"/><emitter type="blob"/>': "Mitsuba has no emitter plugin 'blob'",
+    '<shape type="blob"/>': "shape 'blob': Mitsuba has no such plugin",
+    '<shape type="rectangle"><bsdf type="blob"/></shape>': "bsdf 'blob': Mitsuba has no such plugin",
+    '<shape type="rectangle"/><emitter type="blob"/>': "emitter 'blob': Mitsuba has no such plugin",
     '<shape type="rectangle"><bsdf type="diffuse"><texture type="bitmap" name="reflectance">'
     '<string name="filename" value="nope.png"/></texture></bsdf></shape>': "nope.png",
     '<shape type="rectangle"/><emitter type="envmap"><string name="filename" value="nope.exr"/></emitter>': "nope.exr",
@@ -671,7 +698,7 @@ BAD = {
     '<shape typ="rectangle"/>': "typ",
     '<shape type="rectangle">': "scene.xml",
     '<integrator type="path"/>': "no shapes",
-    '<integrator type="blob"/><shape type="rectangle"/>': "Mitsuba has no integrator plugin 'blob'",
+    '<integrator type="blob"/><shape type="rectangle"/>': "integrator 'blob': Mitsuba has no such plugin",
     '<sensor type="orthographic"/><shape type="rectangle"/>': "only perspective and thinlens",
     '<shape type="rectangle"><bsdf type="twosided"/></shape>': "expected a nested BSDF",
 }
@@ -686,6 +713,20 @@ def test_bad_files_name_file_and_fault(tmp_path, body):
     assert "scene.xml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_missing_package_is_a_scene_error(tmp_path, monkeypatch):
+    """Without mitsuba the error says how to get it."""
+    monkeypatch.setitem(sys.modules, "mitsuba", None)
+    with pytest.raises(SceneError, match=r"pip install 'nrc\[mitsuba\]'"):
+        read(tmp_path, SENSOR + SHAPE)
+
+
+def test_unused_definitions_are_not_warned_about(tmp_path):
+    """A BSDF and a texture nobody refers to are neither read nor reported."""
+    texture = '<texture type="bitmap" id="t"><string name="filename" value="nope.png"/></texture>'
+    scene = read(tmp_path, f'{SENSOR}<bsdf type="plastic" id="p"/>{texture}{SHAPE}')
+    assert scene.warnings == () and len(scene.materials) == 1
+
+
 def test_missing_file_is_a_scene_error(tmp_path):
     """A path that does not exist is named."""
     with pytest.raises(SceneError, match=r"absent\.xml: no such file"):
@@ -695,7 +736,10 @@ def test_missing_file_is_a_scene_error(tmp_path):
 def test_defines_replace_parameters(tmp_path):
     """`-D` values override defaults; a name the file does not have is an error."""
     film = '<film type="hdrfilm"><integer name="width" value="$resx"/><rfilter type="box"/></film>'
-    body = f'<default name="resx" value="20"/><sensor type="perspective"><float name="fov" value="9"/>{film}</sensor>{SHAPE}'
+    body = (
+        f'<default name="resx" value="20"/><sensor type="perspective">'
+        f'<float name="fov" value="9"/>{film}</sensor>{SHAPE}'
+    )
     assert read(tmp_path, body).settings.width == 20
     assert read(tmp_path, body, defines={"resx": "31"}).settings.width == 31
     with pytest.raises(SceneError, match="resz"):

@@ -10,6 +10,9 @@ from typing import Any
 from nrc.scene import SceneError
 
 
+SINGLE = 3.4028234e38  # largest finite number in single precision, which every number ends up in
+
+
 class Field:
     """A JSON value with file name and path (`materials[2].name`); each accessor checks a type or raises SceneError."""
 
@@ -88,8 +91,10 @@ class Field:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong("a number")
-        if not low <= value <= high or not math.isfinite(value):
-            raise self.wrong(f"a number between {low:g} and {high:g}")
+        if not abs(value) <= SINGLE:
+            raise self.wrong("a number within the range of single precision")
+        if not low <= value <= high:
+            raise self.wrong(f"a number between {low:g} and {high:g}" if high < math.inf else f"a number >= {low:g}")
         return float(value)
 
     def integer(self, low: int = 0, high: int = 2**63 - 1) -> int:

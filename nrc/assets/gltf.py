@@ -139,7 +139,7 @@ class _Reader:
             self.model.warn(f"mesh {name!r}: {'points' if mode == POINTS else 'lines'} are not drawn")
             return None
         attributes = primitive.need("attributes")
-        if "POSITION" not in attributes.value:
+        if attributes.get("POSITION") is None:
             self.model.warn(f"mesh {name!r}: a primitive without POSITION is not drawn")
             return None
         positions = self.file.accessor(attributes.need("POSITION"), ("VEC3",))

@@ -97,7 +97,8 @@ class GltfFile:
             values[rows] = self._elements(new, new.need("bufferView"), new.get("byteOffset"), component, n, width)
         if not convert:
             return values
-        result = values.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # values that are not numbers are found by whoever checks the result
+            result = values.astype(np.float64)
         normalized = field.get("normalized")
         if normalized is not None and normalized.boolean() and np.issubdtype(component, np.integer):
             result = np.maximum(result / np.iinfo(component).max, -1.0)

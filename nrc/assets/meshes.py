@@ -12,7 +12,7 @@ from trimesh.geometry import triangulate_quads
 
 from nrc.assets.model import Model, unit
 from nrc.assets.obj import read_obj
-from nrc.assets.pictures import srgb_to_linear
+from nrc.image import srgb_decode
 from nrc.scene import Material, Mesh, SceneError
 
 
@@ -77,7 +77,7 @@ def _ply_attributes(parts: dict[str, Any], model: Model) -> dict[str, np.ndarray
         # ASCII columns arrive as whatever parsed: the property's declared type tells integers from fractions
         declared = str(elements["vertex"]["properties"]["red"])
         scale = 1.0 if "f" in declared else 65535.0 if "2" in declared else 255.0
-        rgb = srgb_to_linear(np.column_stack(channels).astype(float) / scale)
+        rgb = srgb_decode(np.column_stack(channels).astype(float) / scale)
         alpha = np.asarray(data["alpha"]).astype(float) / scale if "alpha" in names else opaque
         result["colors"] = np.column_stack([rgb, alpha]).astype(np.float32)
     faces = elements.get("face", {}).get("data")

@@ -18,6 +18,7 @@ from nrc.assets import shapes
 from nrc.assets.defaults import framing_camera
 from nrc.assets.mitsuba_document import Document, Node, import_mitsuba, mitsuba_session, plain
 from nrc.assets.mitsuba_materials import VERTEX_COLORS, Materials, read_image
+from nrc.assets.model import flip_mesh, transform_mesh
 from nrc.scene import (
     Camera,
     DirectionalLight,
@@ -70,6 +71,7 @@ class _Reader:
 
     def scene(self) -> Scene:
         root = self.document.node(0)
+        self.document.check_plugins()
         if root.kind != "Scene":
             raise root.error("expected a <scene>")
         for _, shape in root.children("Shape"):
@@ -123,8 +125,6 @@ class _Reader:
             for _, child in node.children("Shape"):
                 self.add_shape(child, outer)
             return
-        if not self.document.known(node.plugin):
-            raise node.error(f"Mitsuba has no shape plugin {node.plugin!r}")
         node.ignore(*SHAPE_PROPERTIES)
         material = self.material(node)
         shape = self.document.instantiate(node, frozenset({"Texture"}))
@@ -136,27 +136,25 @@ class _Reader:
             node.warn("left out: no such shape here")
             return
         for _, child in node.children():
-            if child.kind in ("Medium", "Sensor"):
+            if child.kind not in ("BSDF", "Emitter"):
                 child.warn(f"ignored on {node}")
-        self.meshes.append(mesh if np.array_equal(outer, np.eye(4)) else _transformed(mesh, outer))
+        if not np.array_equal(outer, np.eye(4)):
+            mesh = transform_mesh(mesh, outer)
+        self.meshes.append(_with_tangents(mesh) if self.materials[material].normal_texture is not None else mesh)
 
     def triangles(self, node: Node, shape: Any, material: int) -> Mesh:
         """Triangles of a Mitsuba mesh."""
         positions = np.array(shape.vertex_positions_buffer(), dtype=np.float32).reshape(-1, 3)
         indices = np.array(shape.faces_buffer(), dtype=np.int64).astype(np.int32).reshape(-1, 3)
         normals = uv = colors = None
-        if shape.has_vertex_normals() and not shape.has_face_normals():
+        if shape.has_vertex_normals():
             normals = np.array(shape.vertex_normals_buffer(), dtype=np.float32).reshape(-1, 3)
         if shape.has_vertex_texcoords():
             uv = np.array(shape.vertex_texcoords_buffer(), dtype=np.float32).reshape(-1, 2)
         if self.colours[material] is not None:
             colors = self.vertex_colors(node, shape, *self.colours[material])  # type: ignore[misc]
-        if node.get("flip_normals", False):
-            indices = indices[:, ::-1]
-            normals = None if normals is None else -normals
-        mesh = Mesh(positions, np.ascontiguousarray(indices), material, normals, uv, colors=colors, name=node.id)
-        mesh = _facing(mesh)
-        return _with_tangents(mesh) if self.materials[material].normal_texture is not None else mesh
+        mesh = Mesh(positions, indices, material, normals, uv, colors=colors, name=node.id or node.plugin)
+        return _facing(flip_mesh(mesh) if node.get("flip_normals", False) else mesh)
 
     def vertex_colors(self, node: Node, shape: Any, attribute: str, scale: float) -> np.ndarray | None:
         if not attribute.startswith("vertex_") or not shape.has_attribute(attribute):
@@ -192,12 +190,10 @@ class _Reader:
             inward ^= bool(np.linalg.det(matrix[:3, :3]) < 0.0)
         elif node.plugin in ("disk", "rectangle"):  # their to_world contains the flip
             inward = False
-        mesh = _transformed(mesh, matrix)
-        if inward:
-            mesh = replace(mesh, normals=-mesh.normals, indices=np.ascontiguousarray(mesh.indices[:, ::-1]))  # type: ignore[operator]
         if self.colours[material] is not None:
             node.warn("has no vertex attributes; its colour is 1")
-        return _with_tangents(mesh) if self.materials[material].normal_texture is not None else mesh
+        mesh = transform_mesh(mesh, matrix)
+        return flip_mesh(mesh) if inward else mesh
 
     def material(self, shape: Node) -> int:
         """Index of the material a shape has: its BSDF together with its emission."""
@@ -228,8 +224,6 @@ class _Reader:
 
     def area_emission(self, node: Node) -> dict[str, Any]:
         if node.plugin != "area":
-            if not self.document.known(node.plugin):
-                raise node.error(f"Mitsuba has no emitter plugin {node.plugin!r}")
             node.warn("left out: no such light here")
             node.seen.update(node.names)
             return {}
@@ -270,8 +264,6 @@ class _Reader:
             self.environment = (
                 Environment.constant(self.uniform(node, "radiance")) if node.plugin == "constant" else self.envmap(node)
             )
-        elif not self.document.known(node.plugin):
-            raise node.error(f"Mitsuba has no emitter plugin {node.plugin!r}")
         else:
             node.warn("left out: no such light here")
             node.seen.update(node.names)
@@ -309,8 +301,6 @@ class _Reader:
 
     def sensor(self, node: Node, settings: RenderSettings) -> tuple[Camera, RenderSettings]:
         if node.plugin not in ("perspective", "thinlens"):
-            if not self.document.known(node.plugin):
-                raise node.error(f"Mitsuba has no sensor plugin {node.plugin!r}")
             raise node.error("only perspective and thinlens sensors are supported")
         node.ignore("near_clip", "far_clip", "shutter_open", "shutter_close", "srf")
         for _, film in node.children("Film"):
@@ -324,12 +314,10 @@ class _Reader:
         if any(node.number(f"principal_point_offset_{axis}", 0.0) for axis in "xy"):
             node.warn("the principal point offset is ignored")
         axis = str(node.get("fov_axis", "x"))
-        if node.has("focal_length") or axis == "diagonal":
+        if axis == "diagonal" or not node.has("fov"):  # the focal length is 50 mm if not given
             node.ignore("focal_length", "fov")
             made = self.document.instantiate(node, frozenset({"Film"}))
             fov, axis = float(np.array(self.mi.traverse(made)["x_fov"]).ravel()[0]), "x"
-        elif not node.has("fov"):
-            raise node.error("expected fov or focal_length")
         else:
             fov = node.number("fov", 40.0)
         if axis not in ("x", "y", "smaller", "larger"):
@@ -360,8 +348,6 @@ class _Reader:
         return replace(settings, width=int(node.number("width", 768)), height=int(node.number("height", 576)))
 
     def integrator(self, node: Node, settings: RenderSettings) -> RenderSettings:
-        if not self.document.known(node.plugin):
-            raise node.error(f"Mitsuba has no integrator plugin {node.plugin!r}")
         nested = [child for _, child in node.children("Integrator")]
         if nested:
             node.seen.update(node.names)
@@ -375,23 +361,6 @@ class _Reader:
             return replace(settings, max_depth=2)
         depths = {"max_depth": node.number("max_depth", -1), "rr_depth": node.number("rr_depth", 5)}
         return replace(settings, **{name: int(value) for name, value in depths.items()})
-
-
-def _transformed(mesh: Mesh, matrix: np.ndarray) -> Mesh:
-    """Mesh under an affine transformation whose faces keep looking the way its normals do."""
-    positions = mesh.positions.astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-    normals = tangents = None
-    if mesh.normals is not None:
-        turned = mesh.normals.astype(np.float64) @ np.linalg.inv(matrix[:3, :3])
-        normals = (turned / np.maximum(np.linalg.norm(turned, axis=1, keepdims=True), 1e-30)).astype(np.float32)
-    if mesh.tangents is not None:
-        turned = mesh.tangents[:, :3].astype(np.float64) @ matrix[:3, :3].T
-        turned /= np.maximum(np.linalg.norm(turned, axis=1, keepdims=True), 1e-30)
-        tangents = np.column_stack([turned, mesh.tangents[:, 3]]).astype(np.float32)
-    indices = mesh.indices
-    if np.linalg.det(matrix[:3, :3]) < 0.0:
-        indices = np.ascontiguousarray(indices[:, ::-1])
-    return replace(mesh, positions=positions.astype(np.float32), normals=normals, tangents=tangents, indices=indices)
 
 
 def _facing(mesh: Mesh) -> Mesh:

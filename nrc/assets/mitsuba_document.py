@@ -11,6 +11,8 @@ import numpy as np
 
 from nrc.scene import SceneError, Vec3
 
+CHECKED = ("BSDF", "Shape", "Emitter", "Sensor", "Integrator", "Film")
+
 
 def import_mitsuba(path: Path | str) -> Any:
     """The `mitsuba` package.
@@ -196,9 +198,12 @@ class Document:
             messages.append(f"ignored properties: {', '.join(ignored)}")
         return tuple(messages)
 
-    def known(self, plugin: str) -> bool:
-        """Whether Mitsuba has a plugin of that name."""
-        return self.mi.PluginManager.instance().plugin_type(plugin) != self.mi.ObjectType.Unknown
+    def check_plugins(self) -> None:
+        """Raise SceneError at an element whose plugin Mitsuba does not have and that nothing is substituted for."""
+        manager, unknown = self.mi.PluginManager.instance(), self.mi.ObjectType.Unknown
+        for node in (self.node(index) for index in range(len(self.state.nodes))):
+            if node.kind in CHECKED and node.plugin != "phong" and manager.plugin_type(node.plugin) == unknown:
+                raise node.error("Mitsuba has no such plugin")
 
     def instantiate(self, node: Node, keep: frozenset[str] | None = None) -> Any:
         """The Mitsuba object of a node; of its child nodes only those of the kinds in `keep` (all if None)."""

@@ -126,7 +126,7 @@ class _Exporter:
         }[material.kind]
         bsdf = build(material, {"type": "mesh_attribute", "name": "vertex_color"} if coloured else None)
         if isinstance(material.normal_texture, Texture):
-            bsdf = {"type": "normalmap", "normals": self._normals(material, material.normal_texture), "bsdf": bsdf}
+            bsdf = {"type": "normalmap", "normalmap": self._normals(material, material.normal_texture), "bsdf": bsdf}
         elif material.normal_texture is not None:
             self.note(material, "a checkerboard as normal map is left out")
         if material.bump_texture is not None:
@@ -191,7 +191,7 @@ class _Exporter:
             bsdf["metallic"] = self.scalar(material, packed, metallic, channel=2)
             if material.roughness_texture is None:
                 bsdf["roughness"] = self.scalar(material, packed, roughness, channel=1)
-            else:
+            elif self.texels(packed)[..., 1].min() < 1.0:
                 self.note(material, "of two roughness textures the packed one is left out")
         if material.transmission_texture is not None:
             bsdf["spec_trans"] = self.scalar(material, material.transmission_texture, material.transmission)

@@ -45,18 +45,12 @@ class Materials:
         }
 
     def convert(self, node: Node) -> dict[str, Any]:
-        """Fields of the `Material` that stands for a BSDF node, and VERTEX_COLORS if the mesh has to supply its colour.
-
-        Raises:
-            SceneError: If Mitsuba has no such plugin.
-        """
+        """Fields of the `Material` for a BSDF node, and VERTEX_COLORS if the mesh has to supply its colour."""
         node.ignore(*IGNORED)
         converter = self._converters.get(node.plugin)
         if converter is not None:
             fields = {"name": "", **converter(node)}
             return fields | {"name": node.id or fields["name"]}
-        if not self.document.known(node.plugin):
-            raise node.error(f"Mitsuba has no BSDF plugin {node.plugin!r}")
         node.warn("substituted by diffuse grey 0.5")
         return {"name": node.id, "kind": "diffuse"}
 

@@ -97,9 +97,11 @@ def transform_mesh(mesh: Mesh, matrix: np.ndarray) -> Mesh:
     if tangents is not None:
         direction = unit(tangents[:, :3] @ linear.T)
         tangents = np.column_stack([direction, tangents[:, 3] * (-1.0 if mirrored else 1.0)]).astype(np.float32)
+    with np.errstate(over="ignore"):  # the mesh refuses what is not finite
+        positions = affine(matrix, mesh.positions.astype(float)).astype(np.float32)
     return replace(
         mesh,
-        positions=affine(matrix, mesh.positions.astype(float)).astype(np.float32),
+        positions=positions,
         indices=np.ascontiguousarray(mesh.indices[:, ::-1]) if mirrored else mesh.indices,
         normals=normals,
         tangents=tangents,

@@ -8,7 +8,7 @@ import numpy as np
 
 from nrc.assets.model import Model, unit
 from nrc.assets.mtl import read_mtl
-from nrc.assets.pictures import srgb_to_linear
+from nrc.image import srgb_decode
 from nrc.scene import Material, Mesh, SceneError
 
 DRAWN = ("v", "vt", "vn", "f", "g", "o", "usemtl", "mtllib", "s")
@@ -131,7 +131,7 @@ class _Reader:
         positions = np.array([vertex[:3] for vertex in self.v], float).reshape(-1, 3)
         if not self.v or any(len(vertex) < 6 for vertex in self.v):
             return positions, None
-        rgb = srgb_to_linear(np.array([vertex[3:6] for vertex in self.v], float))
+        rgb = srgb_decode(np.array([vertex[3:6] for vertex in self.v], float))
         return positions, np.column_stack([rgb, np.ones(len(rgb))]).astype(np.float32)
 
     def _material(self, name: str, colored: bool) -> Material:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from nrc.image import FLOAT_EXTENSIONS, read_image, srgb_decode
 from nrc.scene import SceneError
-
-RADIANCE_FORMATS = (".exr", ".hdr", ".pfm")
 
 
 def read_texels(source: Path | bytes, what: str) -> np.ndarray:
@@ -20,15 +19,11 @@ def read_texels(source: Path | bytes, what: str) -> np.ndarray:
     """
     if isinstance(source, Path) and not source.is_file():
         raise SceneError(f"{what}: image file {str(source)!r} does not exist")
-    if isinstance(source, Path) and source.suffix.lower() in RADIANCE_FORMATS:
-        from nrc.image import read_image
-
+    if isinstance(source, Path) and source.suffix.lower() in FLOAT_EXTENSIONS:
         try:
-            texels = np.asarray(read_image(source))
-        except (OSError, ValueError, RuntimeError) as error:
+            texels = read_image(source)
+        except (OSError, ValueError) as error:
             raise SceneError(f"{what}: cannot read image {source.name!r}: {error}") from None
-        if texels.ndim == 2:
-            texels = texels[:, :, None]
         return np.ascontiguousarray(texels, np.float32)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
@@ -51,11 +46,6 @@ def _texels(picture: Image.Image) -> np.ndarray:
     return texels[:, :, None] if texels.ndim == 2 else texels
 
 
-def srgb_to_linear(values: np.ndarray) -> np.ndarray:
-    """Linear values of sRGB-encoded ones in [0, 1] (IEC 61966-2-1)."""
-    return np.where(values <= 0.04045, values / 12.92, ((np.maximum(values, 0.0) + 0.055) / 1.055) ** 2.4)
-
-
 def read_radiance(path: Path, what: str) -> np.ndarray:
     """Radiance (height, width, 3) float32 of a latitude-longitude map; 8-bit images are decoded from sRGB.
 
@@ -63,7 +53,7 @@ def read_radiance(path: Path, what: str) -> np.ndarray:
     """
     texels = read_texels(path, what)
     if texels.dtype == np.uint8:
-        texels = srgb_to_linear(texels.astype(np.float32) / 255.0)
+        texels = srgb_decode(texels.astype(np.float32) / 255.0)
     rgb = texels[:, :, :3] if texels.shape[2] >= 3 else np.repeat(texels[:, :, :1], 3, axis=2)
     rgb = np.nan_to_num(rgb, nan=0.0, posinf=0.0, neginf=0.0)
     return np.ascontiguousarray(np.maximum(rgb, 0.0), np.float32)

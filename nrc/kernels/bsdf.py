@@ -10,7 +10,9 @@ kinds, principled and metallic_roughness with transmission > 0 have two sides. W
 smooth, except in metallic_roughness and principled, which clamp theirs to 1e-3.
 
 Models: Mitsuba 3's diffuse, (rough)conductor, (rough)dielectric, thindielectric, (rough)plastic and principled;
-glTF 2.0 appendix B with KHR_materials_ior, _specular and _transmission.
+glTF 2.0 appendix B with KHR_materials_ior, _specular and _transmission. Neither glTF's nor the principled mix of
+diffuse and specular conserves energy: a white glTF dielectric of roughness 0.05 returns 1.00 at normal incidence and
+1.64 at 86 degrees.
 """
 
 import warp as wp

@@ -4,7 +4,9 @@ Each encoding is a frozen config with three renderings of the same formula:
 
 - `make_encode(encoding)`, a Warp function for one sample: the CUDA path and the readable twin;
 - `make_accumulate_grid(part)`, the gradient of a grid's table, also one sample at a time;
-- `encode_block_source(encoding)`, C++ with vector types for a block of samples: the CPU path.
+- `encode_block_source(encoding)`, C++ with vector types for a block of samples: the CPU path. There grids are read
+  beforehand, level by level for many samples (`make_encode_grid_wide`), so that one level's table stays in a core's
+  cache while it is used.
 
 Inputs live in [0, 1]; grids clamp what lies outside. Semantics, names and defaults are those of tiny-cuda-nn.
 """
@@ -25,6 +27,7 @@ PRIME_3 = wp.constant(wp.uint32(3674653429))
 
 UNIQUE = {"enable_backward": False, "max_unroll": 4}  # options of every kernel made by a factory
 BLOCK = 64  # samples a CPU block encodes at once
+GRID_ROWS = 16384  # samples for which a CPU thread reads one grid level before it turns to another
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,14 @@ def _grid_levels(grid: HashGrid) -> tuple[Level, ...]:
 
 def _f32(x: float) -> float:
     return ctypes.c_float(x).value
+
+
+@wp.func
+def n_valid_rows(n_rows: int, count: wp.array[int]):
+    """Rows to evaluate: all, or the number on the device where `count` is given."""
+    if count.shape[0] > 0:
+        return wp.clamp(count[0], 0, n_rows)
+    return n_rows
 
 
 # One sample at a time, in Warp
@@ -477,7 +488,8 @@ def grid_corners_source(grid: HashGrid) -> str:
 def encode_block_source(encoding: Encoding) -> str:
     """C++ that encodes rows [row, row + n) of `x` into `code` (BLOCK x n_padded, row-major), n <= BLOCK.
 
-    Rows past n repeat row n - 1. Needs VECTOR_SOURCE and the variables x, params (Warp arrays), row, n, code.
+    Rows past n repeat row n - 1. Needs VECTOR_SOURCE and the variables x (Warp array), row, n, code, and for grids
+    `features`, the output of `make_encode_grid_wide`, whose row `row_features` belongs to row `row` of x.
     """
     n_padded, n_inputs = encoding.n_padded, encoding.n_input_dims
     source = f"""
@@ -494,11 +506,11 @@ def encode_block_source(encoding: Encoding) -> str:
     }};
     """
     for part in encoding.parts:
-        source += "{\n" + _ENCODE_SOURCE[type(part.config)](part, n_padded) + "}\n"
+        source += "{\n" + _ENCODE_SOURCE[type(part.config)](part, n_padded, encoding) + "}\n"
     return source
 
 
-def _identity_source(part: Part, n_padded: int) -> str:
+def _identity_source(part: Part, n_padded: int, encoding: Encoding) -> str:
     config = part.config
     return f"""
     for (int d = 0; d < {config.n_dims}; ++d)
@@ -508,7 +520,7 @@ def _identity_source(part: Part, n_padded: int) -> str:
     """
 
 
-def _triangle_wave_source(part: Part, n_padded: int) -> str:
+def _triangle_wave_source(part: Part, n_padded: int, encoding: Encoding) -> str:
     config = part.config
     return f"""
     for (int d = 0; d < {config.n_dims}; ++d)
@@ -525,7 +537,7 @@ def _triangle_wave_source(part: Part, n_padded: int) -> str:
     """
 
 
-def _one_blob_source(part: Part, n_padded: int) -> str:
+def _one_blob_source(part: Part, n_padded: int, encoding: Encoding) -> str:
     config = part.config
     n_bins = config.n_bins
     wrapped = "quartic({0}) + quartic({0} - 1.0f) + quartic({0} + 1.0f)"
@@ -552,28 +564,93 @@ def _one_blob_source(part: Part, n_padded: int) -> str:
     """
 
 
-def _grid_source(part: Part, n_padded: int) -> str:
+def _grid_source(part: Part, n_padded: int, encoding: Encoding) -> str:
+    grid = part.config
+    n_features = grid.n_features_per_level
+    return f"""
+    for (int l = 0; l < {grid.n_levels}; ++l) {{
+        const float* from = (const float*)((const char*)features.data
+            + ({encoding.gradient_row(part)} + l) * (size_t)features.strides[0] + row_features * (size_t)features.strides[1]);
+        for (int s = 0; s < n; ++s)
+            for (int f = 0; f < {n_features}; ++f)
+                code[s * {n_padded} + {part.first_output} + l * {n_features} + f] = from[s * features.shape[2] + f];
+        for (int s = n; s < {BLOCK}; ++s)
+            for (int f = 0; f < {n_features}; ++f) code[s * {n_padded} + {part.first_output} + l * {n_features} + f] = 0.0f;
+    }}
+    """
+
+
+@cache
+def make_encode_grid_wide(encoding: Encoding, part: Part):
+    """CPU kernel that interpolates one grid level for up to GRID_ROWS samples per index."""
     grid = part.config
     n_features, n_corners = grid.n_features_per_level, 1 << grid.n_dims
-    gather = "\n".join(f"point[{d}] = *(f16*)&in[{part.first_input + d}][s];" for d in range(grid.n_dims))
-    return f"""
-    typedef float feature __attribute__((vector_size({4 * n_features}), aligned(4)));
+    source = f"""
+    {VECTOR_SOURCE}
     {grid_corners_source(grid)}
-    for (int l = 0; l < {grid.n_levels}; ++l) {{
-        const float* table = params.data + {part.first_param} + (size_t)first_entries[l] * {n_features};
-        for (int s = 0; s < {BLOCK}; s += 16) {{
-            alignas(64) unsigned index[{16 * n_corners}];
-            alignas(64) float weight[{16 * n_corners}];
-            f16 point[{grid.n_dims}];
-            {gather}
-            corners(l, point, index, weight);
-            for (int j = 0; j < 16; ++j) {{
-                feature sum = {{}};
-                for (int c = 0; c < {n_corners}; ++c)
-                    sum += weight[16 * c + j] * *(const feature*)(table + (size_t)index[16 * c + j] * {n_features});
-                *(feature*)(code + (s + j) * {n_padded} + {part.first_output} + l * {n_features}) = sum;
-            }}
+    typedef float feature __attribute__((vector_size({4 * n_features}), aligned(4)));
+    const float* table = params.data + {part.first_param} + (size_t)first_entries[level] * {n_features};
+    float* to = (float*)((char*)out.data + ({encoding.gradient_row(part)} + level) * (size_t)out.strides[0]);
+    const size_t stride = out.shape[2];
+    for (int s = begin; s < end; s += 16) {{
+        const int n = end - s < 16 ? end - s : 16;
+        alignas(64) unsigned index[{16 * n_corners}];
+        alignas(64) float weight[{16 * n_corners}];
+        f16 point[{grid.n_dims}];
+        {gather_points_source(part, "row + s")}
+        corners(level, point, index, weight);
+        for (int j = 0; j < n; ++j) {{
+            feature sum = {{}};
+            for (int c = 0; c < {n_corners}; ++c)
+                sum += weight[16 * c + j] * *(const feature*)(table + (size_t)index[16 * c + j] * {n_features});
+            *(feature*)(to + (s + j) * stride) = sum;
         }}
+    }}
+    """
+
+    @wp.func_native(source)
+    def encode_level(
+        level: int,
+        row: int,
+        begin: int,
+        end: int,
+        params: wp.array[float],
+        x: wp.array2d[float],
+        out: wp.array3d[float],
+    ): ...
+
+    @wp.kernel(module="unique", module_options=UNIQUE)
+    def encode_grid_wide(
+        first: int,
+        # Params
+        params: wp.array[float],
+        # In
+        row: int,
+        n_rows: int,
+        count: wp.array[int],  # (1) or empty
+        x: wp.array2d[float],  # (capacity, n_input_dims)
+        # Out
+        out_features: wp.array3d[float],  # (levels, rows from `row` on, n_features_per_level)
+    ):
+        """Interpolate rows [row, row + n_rows). One thread per (level, GRID_ROWS rows), a level's indices together."""
+        i = first + wp.tid()
+        n_parts = (n_rows + GRID_ROWS - 1) // GRID_ROWS
+        level = i // n_parts
+        begin = (i % n_parts) * GRID_ROWS
+        end = wp.min(wp.min(begin + GRID_ROWS, n_rows), n_valid_rows(x.shape[0], count) - row)
+        if begin < end:
+            encode_level(level, row, begin, end, params, x, out_features)
+
+    return encode_grid_wide
+
+
+def gather_points_source(part: Part, row: str) -> str:
+    """C++ that fills `point` with the positions of 16 rows from `row` on; rows past n repeat row n - 1."""
+    return f"""
+    for (int j = 0; j < 16; ++j) {{
+        const float* from = (const float*)((const char*)x.data
+            + (size_t)({row} + (j < n ? j : n - 1)) * x.strides[0]) + {part.first_input};
+        for (int d = 0; d < {part.config.n_dims}; ++d) point[d][j] = from[d];
     }}
     """
 

@@ -15,9 +15,9 @@ BLOCK_FLOATS = 80  # a leaf: rows of WIDTH: x y z of vertices 0, 1, 2, and the f
 
 @wp.struct
 class Accel:
-    """Acceleration structure of one triangle mesh, filled by `nrc.bvh.Bvh`: a Warp mesh or two CPU addresses."""
+    """Acceleration structure of a mesh, filled by `nrc.bvh.Bvh`: a Warp mesh, or two addresses on the CPU."""
 
-    mesh: wp.uint64  # CUDA: id of the wp.Mesh
+    mesh: wp.uint64  # CUDA: id of the wp.Mesh, 0 without triangles
     nodes: wp.uint64  # CPU: (n_nodes, NODE_FLOATS) float32
     blocks: wp.uint64  # CPU: (n_leaves, BLOCK_FLOATS) float32
 
@@ -38,6 +38,7 @@ class Hit:
 _TRAVERSE = f"""
     typedef float F __attribute__((vector_size({4 * WIDTH})));
     typedef bool B __attribute__((ext_vector_type({WIDTH})));
+    const F zero = {{}};
     auto bits = [](auto mask) {{
         B b = __builtin_convertvector(mask, B);
         unsigned char m;
@@ -46,6 +47,7 @@ _TRAVERSE = f"""
     }};
     auto smaller = [](F a, F b) {{ return a < b ? a : b; }};
     auto larger = [](F a, F b) {{ return a > b ? a : b; }};
+    auto sheared = [zero](F x, float s, F z) {{ return __builtin_elementwise_fma(zero - s, z, x); }};
     auto product_difference = [](F a, F b, F c, F d) {{
         F cd = c * d;
         return __builtin_elementwise_fma(a, b, -cd) + __builtin_elementwise_fma(-c, d, cd);
@@ -68,7 +70,6 @@ _TRAVERSE = f"""
     const int kx = (kz + 1) % 3, ky = (kz + 2) % 3;
     const float sz = 1.0f / d[kz], sx = d[kx] * sz, sy = d[ky] * sz;
 
-    const F zero = {{}}, shear_x = zero - sx, shear_y = zero - sy;
     unsigned long long stack[{STACK_SIZE}];  // entry distance (non-negative, so its bits sort) and reference
     int size = 0;
     unsigned current = 0;
@@ -77,9 +78,9 @@ _TRAVERSE = f"""
         if (current & {LEAF_BIT}u) {{
             const F* block = blocks + (size_t)(current & {LEAF_BIT - 1}u) * {BLOCK_FLOATS // WIDTH};
             F az = block[kz] - o[kz], bz = block[3 + kz] - o[kz], cz = block[6 + kz] - o[kz];
-            F ax = __builtin_elementwise_fma(shear_x, az, block[kx] - o[kx]), ay = __builtin_elementwise_fma(shear_y, az, block[ky] - o[ky]);
-            F bx = __builtin_elementwise_fma(shear_x, bz, block[3 + kx] - o[kx]), by = __builtin_elementwise_fma(shear_y, bz, block[3 + ky] - o[ky]);
-            F cx = __builtin_elementwise_fma(shear_x, cz, block[6 + kx] - o[kx]), cy = __builtin_elementwise_fma(shear_y, cz, block[6 + ky] - o[ky]);
+            F ax = sheared(block[kx] - o[kx], sx, az), ay = sheared(block[ky] - o[ky], sy, az);
+            F bx = sheared(block[3 + kx] - o[kx], sx, bz), by = sheared(block[3 + ky] - o[ky], sy, bz);
+            F cx = sheared(block[6 + kx] - o[kx], sx, cz), cy = sheared(block[6 + ky] - o[ky], sy, cz);
             F u = product_difference(cx, by, cy, bx);
             F v = product_difference(ax, cy, ay, cx);
             F w = product_difference(bx, ay, by, ax);
@@ -120,7 +121,8 @@ _TRAVERSE = f"""
                         nearest = swapped;
                     }}
                     int place = size++;
-                    for (; ordered && place > base && stack[place - 1] < entry; --place) stack[place] = stack[place - 1];
+                    for (; ordered && place > base && stack[place - 1] < entry; --place)
+                        stack[place] = stack[place - 1];
                     stack[place] = entry;
                 }}
                 current = (unsigned)nearest;
@@ -141,7 +143,7 @@ _CLOSEST = f"""
     float sign;
     wp::vec3 normal;
     float weight_0, weight_1;  // Warp's u and v weigh p0 and p1
-    if (wp::mesh_query_ray(accel.mesh, o, d, t_max, hit.t, weight_0, weight_1, sign, normal, hit.face)) {{
+    if (accel.mesh && wp::mesh_query_ray(accel.mesh, o, d, t_max, hit.t, weight_0, weight_1, sign, normal, hit.face)) {{
         hit.u = weight_1;
         hit.v = 1.0f - weight_0 - weight_1;
     }}
@@ -167,7 +169,7 @@ _CLOSEST = f"""
 
 _OCCLUDED = f"""
 #if defined(__CUDA_ARCH__)
-    return wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max);
+    return accel.mesh && wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max);
 #else
     const bool ordered = false;  // any order will do, and sorting costs more than it saves
     {_TRAVERSE.replace("RETURN", "return false").replace("ON_HITS", "if (hits) return true;")}
@@ -176,11 +178,11 @@ _OCCLUDED = f"""
 
 
 @wp.func_native(_CLOSEST)
-def _query_closest(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float, hit: wp.ref[Hit]): ...
+def _query_closest(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float, hit: wp.ref[Hit]): ...  # type: ignore[type-arg]
 
 
 @wp.func_native(_OCCLUDED)
-def _query_any(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> bool: ...
+def _query_any(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> bool: ...  # type: ignore[empty-body]
 
 
 @wp.func

@@ -11,7 +11,7 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import BLOCK, UNIQUE, VECTOR_SOURCE, Encoding, encode_block_source, make_encode
+from .encoding import BLOCK, UNIQUE, VECTOR_SOURCE, Encoding, encode_block_source, make_encode, n_valid_rows
 from .loss import loss_source, make_loss
 
 wp.set_module_options({"enable_backward": False})
@@ -54,14 +54,6 @@ class Network:
     def n_params(self) -> int:
         first, n_in, n_out = self.layers[-1]
         return first + n_in * n_out
-
-
-@wp.func
-def n_valid_rows(n_rows: int, count: wp.array[int]):
-    """Rows to evaluate: all, or the number on the device where `count` is given."""
-    if count.shape[0] > 0:
-        return wp.clamp(count[0], 0, n_rows)
-    return n_rows
 
 
 # One sample per thread, in Warp
@@ -424,7 +416,15 @@ def make_infer_wide(encoding: Encoding, network: Network):
     """
 
     @wp.func_native(source)
-    def infer_block(row: int, n: int, params: wp.array[float], x: wp.array2d[float], y: wp.array2d[float]): ...
+    def infer_block(
+        row: int,
+        row_features: int,
+        n: int,
+        params: wp.array[float],
+        x: wp.array2d[float],
+        features: wp.array3d[float],
+        y: wp.array2d[float],
+    ): ...
 
     @wp.kernel(module="unique", module_options=UNIQUE)
     def infer_wide(
@@ -432,17 +432,20 @@ def make_infer_wide(encoding: Encoding, network: Network):
         # Params
         params: wp.array[float],
         # In
+        first_row: int,
         n_rows: int,
         count: wp.array[int],  # (1) or empty
         x: wp.array2d[float],  # (capacity, n_input_dims)
+        features: wp.array3d[float],  # (levels, rows from first_row on, n_features_per_level)
         # Out
         out_y: wp.array2d[float],  # (capacity, n_outputs)
     ):
-        """Encode and evaluate one block of rows. One thread per BLOCK samples."""
-        row = (first + wp.tid()) * BLOCK
-        n = wp.min(BLOCK, n_valid_rows(n_rows, count) - row)
+        """Encode and evaluate one block of rows [first_row, first_row + n_rows). One thread per BLOCK samples."""
+        begin = (first + wp.tid()) * BLOCK
+        row = first_row + begin
+        n = wp.min(wp.min(BLOCK, n_rows - begin), n_valid_rows(x.shape[0], count) - row)
         if n > 0:
-            infer_block(row, n, params, x, out_y)
+            infer_block(row, begin, n, params, x, features, out_y)
 
     return infer_wide
 
@@ -460,7 +463,7 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
         params: wp.array[float],
         x: wp.array2d[float],
         y: wp.array2d[float],
-        dL_dgrid: wp.array3d[float],
+        features: wp.array3d[float],
         chunk_gradient: wp.array2d[float],
         chunk_loss: wp.array[float],
         chunk_finite: wp.array[int],
@@ -477,20 +480,21 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
         count: wp.array[int],  # (1) or empty
         x: wp.array2d[float],  # (capacity, n_input_dims)
         y: wp.array2d[float],  # (capacity, n_outputs)
+        # In/out
+        features: wp.array3d[float],  # grid features; their gradients on return (levels, capacity, n_features_per_level)
         # Out
-        dL_dgrid: wp.array3d[float],  # (levels, capacity, n_features_per_level)
         chunk_gradient: wp.array2d[float],  # (chunks, n_params)
         chunk_loss: wp.array[float],  # (chunks)
         chunk_finite: wp.array[int],  # (chunks)
     ):
-        """Store loss, weight gradient and grid feature gradients of one chunk. One thread per chunk of rows."""
+        """Turn one chunk's grid features into gradients, store its loss and weight gradient. One thread per chunk."""
         chunk = first + wp.tid()
         n_total = n_valid_rows(n_rows, count)
         begin = chunk * chunk_size
         end = wp.min(begin + chunk_size, n_total)
         if begin < end:
             backpropagate_chunk(
-                begin, end, n_total, chunk, params, x, y, dL_dgrid, chunk_gradient, chunk_loss, chunk_finite
+                begin, end, n_total, chunk, params, x, y, features, chunk_gradient, chunk_loss, chunk_finite
             )
 
     return backpropagate_wide
@@ -522,7 +526,7 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str)
                     for (int i = 0; i < 16; ++i)
                         transposed_{layer}[j * {n_in} + k + i] = params.data[{first} + (k + i) * {n_out} + j];
             """
-    source += f"for (int row = begin; row < end; row += {BLOCK}) {{\nconst int n = end - row < {BLOCK} ? end - row : {BLOCK};\n"
+    source += f"for (int row = begin; row < end; row += {BLOCK}) {{\nconst int n = end - row < {BLOCK} ? end - row : {BLOCK}, row_features = row;\n"
     source += _forward_source(encoding, network)
     source += f"""
     for (int s = 0; s < {BLOCK}; ++s) {{
@@ -566,8 +570,8 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str)
         n_features = part.config.n_features_per_level
         source += f"""
         for (int l = 0; l < {part.config.n_levels}; ++l) {{
-            float* to = (float*)((char*)dL_dgrid.data + ({encoding.gradient_row(part)} + l) * (size_t)dL_dgrid.strides[0]);
-            const size_t stride = dL_dgrid.shape[2];
+            float* to = (float*)((char*)features.data + ({encoding.gradient_row(part)} + l) * (size_t)features.strides[0]);
+            const size_t stride = features.shape[2];
             for (int s = 0; s < n; ++s)
                 for (int f = 0; f < {n_features}; ++f) {{
                     const float d = dL_dcode[s * {network.n_inputs} + {part.first_output} + l * {n_features} + f];

@@ -13,8 +13,15 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import UNIQUE, VECTOR_SOURCE, Encoding, Part, grid_corners_source
-from .network import n_valid_rows
+from .encoding import (
+    UNIQUE,
+    VECTOR_SOURCE,
+    Encoding,
+    Part,
+    gather_points_source,
+    grid_corners_source,
+    n_valid_rows,
+)
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 4})
 
@@ -269,11 +276,6 @@ def make_update_grid_wide(encoding: Encoding, part: Part):
     """CPU kernel that accumulates one grid level's gradient and updates its entries, one level per index."""
     grid = part.config
     n_features, n_corners = grid.n_features_per_level, 1 << grid.n_dims
-    gather = "\n".join(
-        f"for (int j = 0; j < 16; ++j) point[{d}][j] = "
-        f"((const float*)((const char*)x.data + (size_t)(s + (j < n ? j : n - 1)) * x.strides[0]))[{part.first_input + d}];"
-        for d in range(grid.n_dims)
-    )
     source = VECTOR_SOURCE + grid_corners_source(grid)
     source += f"""
     typedef float feature __attribute__((vector_size({4 * n_features}), aligned(4)));
@@ -289,7 +291,7 @@ def make_update_grid_wide(encoding: Encoding, part: Part):
         alignas(64) unsigned index[{16 * n_corners}];
         alignas(64) float weight[{16 * n_corners}];
         f16 point[{grid.n_dims}];
-        {gather}
+        {gather_points_source(part, "s")}
         corners(level, point, index, weight);
         for (int j = 0; j < n; ++j) {{
             const feature d = *(const feature*)(dL_dfeature + (s + j) * stride);

@@ -1,0 +1,172 @@
+"""`RenderJob`: runs a `Renderer` until a budget is spent, with progress, checkpoints and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from nrc.image import write_atomically
+from nrc.renderer import Renderer
+
+CHECKPOINT_SECONDS = 30.0  # at most this much is lost when the process is killed
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this job, or cannot be read; the message names the file and what differs."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after `spp` samples per pixel or `seconds` of rendering, whichever comes first; None for no limit."""
+
+    spp: int | None = None
+    seconds: float | None = None
+
+
+class RenderJob:
+    """Renders until the budget is spent.
+
+    Args:
+        renderer: Prepared renderer.
+        identity: What a checkpoint must agree on to be continued: scene, size, settings.
+        checkpoint: Where the state is kept, or None.
+
+    Attributes:
+        seconds: Rendering time so far, that of resumed runs included.
+        interrupted: Whether Ctrl-C ended the run.
+    """
+
+    def __init__(self, renderer: Renderer, identity: dict[str, Any], checkpoint: Path | None = None) -> None:
+        self.renderer, self.checkpoint = renderer, checkpoint
+        self.identity = json.dumps(identity, sort_keys=True)
+        self.seconds = 0.0
+        self.interrupted = False
+
+    def resume(self) -> None:
+        """Continue from the checkpoint. Raises CheckpointError when it is missing, broken or of another job."""
+        path = self.checkpoint
+        if path is None or not path.is_file():
+            raise CheckpointError(f"{path}: no checkpoint to resume from")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+        mine, theirs = json.loads(self.identity), json.loads(metadata.get("identity", "{}"))
+        differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
+        if differing:
+            listed = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in differing)
+            raise CheckpointError(f"{path}: belongs to another render: {listed}")
+        self.renderer.load_state(state)
+        self.seconds = float(metadata["seconds"])
+
+    def run(self, budget: Budget, *, progress: bool = True) -> None:
+        """Render frames until the budget is spent or Ctrl-C; the frame under way is always finished."""
+        film = self.renderer.film
+        last_checkpoint = time.perf_counter()
+        with self._interruptible() as stopped, _progress_bar(budget, film.n_frames, enabled=progress) as bar:
+            while not stopped() and not self._spent(budget):
+                start = time.perf_counter()
+                self.renderer.frame()
+                now = time.perf_counter()
+                self.seconds += now - start
+                bar.update(film.n_frames, self.seconds)
+                if self.checkpoint is not None and now - last_checkpoint > CHECKPOINT_SECONDS:
+                    self.save()
+                    last_checkpoint = time.perf_counter()
+            self.interrupted = stopped()
+        if self.checkpoint is not None:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash in between leaves the older one."""
+        if self.checkpoint is None:
+            raise ValueError("this job was made without a checkpoint path")
+        state = {name: np.ascontiguousarray(value) for name, value in self.renderer.state().items()}
+        metadata = {"identity": self.identity, "seconds": repr(self.seconds)}
+        write_atomically(self.checkpoint, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+    def _spent(self, budget: Budget) -> bool:
+        if budget.spp is not None and self.renderer.film.n_frames >= budget.spp:
+            return True
+        return budget.seconds is not None and self.seconds >= budget.seconds
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[Callable[[], bool]]:
+        """Turn the first Ctrl-C into a request to stop after the frame; a second one interrupts at once."""
+        requested = False
+
+        def request(_signal: int, _frame: Any) -> None:
+            nonlocal requested
+            requested = True
+            signal.signal(signal.SIGINT, previous)
+            print("\nstopping after this frame; Ctrl-C again to abort", file=sys.stderr)
+
+        previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, request)
+        try:
+            yield lambda: requested
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class _ProgressBar:
+    def __init__(self, budget: Budget, n_frames: int, enabled: bool) -> None:
+        self._by_time = budget.spp is None
+        total = budget.seconds if self._by_time else budget.spp
+        unit = "s" if self._by_time else "spp"
+        layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed} elapsed, {remaining} left{postfix}]"
+        if total is None:
+            layout = "{n:.0f} {unit} [{elapsed} elapsed{postfix}]"
+        self._bar = tqdm(
+            total=total,
+            initial=0 if self._by_time else n_frames,
+            unit=unit,
+            desc="render",
+            disable=not enabled,
+            bar_format=layout,
+        )
+
+    def update(self, n_frames: int, seconds: float) -> None:
+        value = seconds if self._by_time else n_frames
+        self._bar.set_postfix_str(f"{n_frames} spp" if self._by_time else f"{seconds:.0f} s", refresh=False)
+        limit = self._bar.total
+        self._bar.update(min(value, limit) - self._bar.n if limit is not None else value - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def _progress_bar(budget: Budget, n_frames: int, *, enabled: bool) -> Iterator[_ProgressBar]:
+    bar = _ProgressBar(budget, n_frames, enabled)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def describe(renderer: Renderer, scene_name: str) -> dict[str, Any]:
+    """Identity of a job: everything that changes its picture."""
+    cache = asdict(renderer.cache.config) if renderer.cache is not None else None
+    return {
+        "scene": scene_name,
+        "width": renderer.tracer.width,
+        "height": renderer.tracer.height,
+        "tracer": asdict(renderer.config),
+        "cache": cache,
+        "clamp": renderer.film.clamp,
+    }
