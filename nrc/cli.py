@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--integrator", choices=("path", "nrc", "cache"), default="nrc", help="default: nrc")
     render.add_argument("--spp", type=_positive_int, help="samples per pixel (default: the scene's)")
     render.add_argument("--seconds", type=_positive_float, help="render for this long instead, compilation excluded")
-    render.add_argument("--aov", action="store_true", help="add albedo, normal, depth, position, material_id (EXR only)")
+    render.add_argument("--aov", action="store_true", help="add first-hit layers and debug views of the cache (EXR only)")
     render.add_argument("--out", type=Path, help="picture, .exr .png or .hdr (default: SCENE.exr); an EXR gets a PNG too")
     render.add_argument("--reference", type=Path, help="picture to compare with; its size is the default")
     render.add_argument("--resume", action="store_true", help="continue from OUT.checkpoint")
@@ -189,6 +189,7 @@ def _use_threads(arguments: argparse.Namespace) -> None:
 
 def _render(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc.cache import CacheConfig
+    from nrc.debug_views import debug_views
     from nrc.render_job import Budget, RenderJob, describe
     from nrc.renderer import Renderer
 
@@ -222,7 +223,11 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
     job.run(Budget(spp, arguments.seconds))
 
     image = renderer.image()
-    layers = {"color": image, **(renderer.aovs() if arguments.aov else {})}
+    layers = {"color": image}
+    if arguments.aov:
+        layers |= renderer.aovs()
+        if renderer.cache is not None:
+            layers |= debug_views(renderer)
     result: dict[str, Any] = {
         "out": str(out),
         "width": width,

@@ -11,17 +11,22 @@ import warp as wp
 from nrc.bvh import Bvh
 from nrc.kernels import scene as ks
 from nrc.kernels import texture as kt
-from nrc.kernels.bsdf import Bsdf
+from nrc.kernels.bsdf import ALPHA_MIN, Bsdf
+from nrc.kernels.bvh_build import build_bvh
 from nrc.kernels.camera import CameraView
-from nrc.launch import resolve_device
+from nrc.kernels.plastic import integrate_interface
+from nrc.launch import prepare, resolve_device
+from nrc.plastic import plastic_table
 from nrc.scene import (
     MATERIAL_KINDS,
     AnyTexture,
     Camera,
     Checkerboard,
+    DirectionalLight,
     Environment,
     Material,
     Mesh,
+    PointLight,
     Scene,
     SpotLight,
     Texture,
@@ -91,6 +96,8 @@ class DeviceScene:
         positions = np.concatenate([mesh.positions for mesh in meshes])
         indices = np.concatenate([mesh.indices + offset for mesh, offset in zip(meshes, first[:-1], strict=True)])
         self._positions, self._indices = positions, indices.astype(np.int32)
+        if self.device.is_cpu:
+            prepare({"BVH build": build_bvh}, self.device)
         self.bvh = Bvh(positions, self._indices, self.device)
         view.accel = self.bvh.accel
         view.positions = self._array(positions, wp.vec3)
@@ -118,6 +125,14 @@ class DeviceScene:
         materials = [
             _material_view(material, textures, i in has_colors) for i, material in enumerate(self.scene.materials)
         ]
+        self._plastic_tables = []
+        for material, row in zip(self.scene.materials, materials, strict=True):
+            widths = (material.roughness[0] ** 2, material.roughness[1] ** 2)
+            if material.kind == "plastic" and max(widths) >= ALPHA_MIN:
+                prepare({"plastic table": integrate_interface}, self.device)
+                table = plastic_table(material.ior, widths, material.distribution == "beckmann", self.device)
+                self._plastic_tables.append(self._array(table, wp.float32))
+                row.bsdf.plastic_table = self._plastic_tables[-1].ptr
         view.materials = wp.array(materials, dtype=ks.MaterialView, device=self.device)
         view.textures = wp.array(textures.views or [kt.TextureView()], dtype=kt.TextureView, device=self.device)
         texels = np.concatenate(textures.texels) if textures.texels else np.zeros(1, np.uint32)
@@ -163,9 +178,9 @@ class DeviceScene:
         power = list(triangle_power[emissive])
         for i, light in enumerate(self.scene.lights, start=len(emissive)):
             row = table[i]
-            if hasattr(light, "position"):
+            if not isinstance(light, DirectionalLight):
                 row["position"] = light.position
-            if hasattr(light, "direction"):
+            if not isinstance(light, PointLight):
                 row["direction"] = np.asarray(light.direction) / np.linalg.norm(light.direction)
             if isinstance(light, SpotLight):
                 row["kind"] = ks.LIGHT_SPOT
@@ -173,14 +188,14 @@ class DeviceScene:
                 row["smooth"] = light.falloff == "smooth"
                 solid_angle = 2.0 * math.pi * (1.0 - math.cos((light.inner_angle + light.outer_angle) / 2.0))
             else:
-                row["kind"] = ks.LIGHT_POINT if hasattr(light, "intensity") else ks.LIGHT_DIRECTIONAL
+                row["kind"] = ks.LIGHT_DIRECTIONAL if isinstance(light, DirectionalLight) else ks.LIGHT_POINT
                 solid_angle = 4.0 * math.pi
-            if hasattr(light, "intensity"):
-                row["intensity"] = light.intensity
-                power.append(float(np.dot(light.intensity, _LUMINANCE)) * solid_angle)
-            else:
+            if isinstance(light, DirectionalLight):
                 row["intensity"] = light.irradiance
                 power.append(float(np.dot(light.irradiance, _LUMINANCE)) * math.pi * self._radius**2)
+            else:
+                row["intensity"] = light.intensity
+                power.append(float(np.dot(light.intensity, _LUMINANCE)) * solid_angle)
         if has_environment:
             table[-1]["kind"] = ks.LIGHT_ENVIRONMENT
             power.append(self._environment_power)
@@ -208,7 +223,7 @@ class _TextureTable:
         self.texels: list[np.ndarray] = []
         self._offset = 0
         self._by_texture: dict[int, int] = {}
-        self._by_image: dict[int, int] = {}
+        self._by_image: dict[tuple[int, bool], int] = {}
 
     def index(self, texture: AnyTexture | None) -> int:
         if texture is None:
@@ -235,12 +250,13 @@ class _TextureTable:
         view.height, view.width = image.shape[:2]
         view.wrap_u, view.wrap_v = _WRAP[texture.wrap_u], _WRAP[texture.wrap_v]
         view.nearest = int(texture.filter == "nearest")
-        if id(image) not in self._by_image:
+        key = (id(image), texture.srgb and image.dtype == np.float32)
+        if key not in self._by_image:
             packed = _packed_texels(texture)
-            self._by_image[id(image)] = self._offset
+            self._by_image[key] = self._offset
             self.texels.append(packed)
             self._offset += len(packed)
-        view.offset = self._by_image[id(image)]
+        view.offset = self._by_image[key]
         return view
 
 

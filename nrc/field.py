@@ -1,4 +1,4 @@
-"""`Field`: an input encoding and a network behind one flat parameter buffer, made from tiny-cuda-nn style dictionaries."""
+"""`Field`: encoding and network behind one flat parameter buffer, made from tiny-cuda-nn style dictionaries."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import warp as wp
 
 from .kernels import encoding as enc
+from .kernels import encoding_wide, network_wide
 from .kernels import network as net
 from .launch import launch, resolve_device, threads
 
@@ -56,10 +57,10 @@ class Field:
         self.n_output_dims = n_output_dims
         self.n_params = self.encoding_offset + self.encoding.n_params
         self.wide = wide(self.device)
-        make_infer = net.make_infer_wide if self.wide else net.make_infer
+        make_infer = network_wide.make_infer_wide if self.wide else net.make_infer
         self._infer = make_infer(self.encoding, self.network)
         self._encode_grids = [
-            enc.make_encode_grid_wide(self.encoding, part) for part in self.encoding.grids if self.wide
+            encoding_wide.make_encode_grid_wide(self.encoding, part) for part in self.encoding.grids if self.wide
         ]
         self._features = self.allocate_features(SLICE_ROWS if self.wide else 1)
         self.params = wp.empty(self.n_params, dtype=float, device=self.device)
@@ -115,14 +116,14 @@ class Field:
         for row in range(0, x.shape[0], SLICE_ROWS):
             n_rows = min(SLICE_ROWS, x.shape[0] - row)
             self.encode_grids(params, row, n_rows, count, x, self._features)
-            n_blocks = -(-n_rows // enc.BLOCK)
+            n_blocks = -(-n_rows // encoding_wide.BLOCK)
             launch(
                 self._infer,
                 n_blocks,
                 inputs=[params, row, n_rows, count, x, self._features],
                 outputs=[out],
                 device=self.device,
-                range_size=max(1, n_blocks // (4 * threads())),
+                range_size=heavy_range(n_blocks),
             )
 
     def allocate_features(self, n_rows: int) -> wp.array:
@@ -136,7 +137,7 @@ class Field:
         self, params: wp.array, row: int, n_rows: int, count: wp.array | None, x: wp.array, out: wp.array
     ) -> None:
         """CPU only: write the grid features of rows [row, row + n_rows) of `x`, level by level, into `out`."""
-        n_parts = -(-n_rows // enc.GRID_ROWS)
+        n_parts = -(-n_rows // encoding_wide.GRID_ROWS)
         for part, encode in zip(self.encoding.grids, self._encode_grids, strict=True):
             launch(
                 encode,
@@ -144,7 +145,7 @@ class Field:
                 inputs=[params, row, n_rows, count, x],
                 outputs=[out],
                 device=self.device,
-                range_size=1,
+                range_size=heavy_range(part.config.n_levels * n_parts),
             )
 
     def kernels(self) -> dict[str, wp.Kernel]:
@@ -158,18 +159,23 @@ def wide(device: wp.Device) -> bool:
     return device.is_cpu
 
 
+def heavy_range(n: int) -> int:
+    """Indices per CPU launch where each index is much work: four launches per thread even out their differences."""
+    return max(1, n // (4 * threads()))
+
+
 def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> enc.Encoding:
     """Turn a tiny-cuda-nn style dictionary over `n_dims` inputs into an `Encoding` whose parameters start there.
 
     A nested entry of a Composite takes `n_dims_to_encode` inputs from `dims_to_encode_begin` on (by default those that
     follow the previous entry's); the one entry without a count takes what the others leave. Raises ValueError.
     """
-    if _otype(config, "OneBlob").lower() != "composite":
+    if otype_of(config, "OneBlob").lower() != "composite":
         if "n_dims_to_encode" in config:
             raise ValueError("n_dims_to_encode belongs to the nested encodings of a Composite")
         component = _component(config, n_dims, "encoding")
         return enc.Encoding((enc.Part(component, 0, 0, first_param),))
-    _options(config, {"nested": []}, "Composite encoding")
+    parse_options(config, {"nested": []}, "Composite encoding")
     nested = list(config.get("nested", []))
     if not nested:
         raise ValueError("a Composite encoding needs at least one entry in 'nested'")
@@ -198,7 +204,7 @@ def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> 
 
 def parse_network(config: Mapping[str, Any], n_inputs: int, n_outputs: int) -> net.Network:
     """Turn a tiny-cuda-nn style dictionary into a `Network`. Raises ValueError."""
-    otype = _otype(config, "FullyFusedMLP")
+    otype = otype_of(config, "FullyFusedMLP")
     if otype.lower() != "fullyfusedmlp":
         raise ValueError(f"unknown network otype {otype!r}; allowed: FullyFusedMLP")
     defaults = {
@@ -207,7 +213,7 @@ def parse_network(config: Mapping[str, Any], n_inputs: int, n_outputs: int) -> n
         "activation": "ReLU",
         "output_activation": "None",
     }
-    options = _options(config, defaults, "FullyFusedMLP network")
+    options = parse_options(config, defaults, "FullyFusedMLP network")
     for key in ("activation", "output_activation"):
         options[key] = one_of(options[key], net.ACTIVATIONS, key)
     return net.Network(n_inputs, n_outputs, **options)
@@ -239,18 +245,18 @@ _COMPONENTS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def _component(config: Mapping[str, Any], n_dims: int, what: str) -> Any:
-    otype = one_of(_otype(config, "OneBlob"), tuple(_COMPONENTS), f"otype of {what}")
+    otype = one_of(otype_of(config, "OneBlob"), tuple(_COMPONENTS), f"otype of {what}")
     make, defaults = _COMPONENTS[otype]
-    return make(n_dims, **_options(config, defaults, f"{otype} encoding"))
+    return make(n_dims, **parse_options(config, defaults, f"{otype} encoding"))
 
 
-def _otype(config: Mapping[str, Any], default: str) -> str:
+def otype_of(config: Mapping[str, Any], default: str) -> str:
     if not isinstance(config, Mapping):
         raise ValueError(f"expected a dictionary with 'otype', got {config!r}")
     return str(config.get("otype", default))
 
 
-def _options(config: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
+def parse_options(config: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
     """`defaults` overridden by `config`, whose values must be of the defaults' types."""
     options = dict(defaults)
     for key, value in config.items():

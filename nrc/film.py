@@ -14,7 +14,7 @@ class Film:
     """Accumulates frames of `tracer` with compensated sums.
 
     Attributes:
-        n_frames: Frames added since the last `clear`.
+        n_frames, weight: Frames added since the last `clear`, and the sum of their weights.
         frame: (pixels,) vec3, the last frame alone.
     """
 
@@ -28,14 +28,21 @@ class Film:
         self._n_invalid = wp.zeros(n, dtype=int, device=device)
         self._no_cache = wp.zeros((1, 3), dtype=float, device=device)
         self.n_frames = 0
+        self.weight = 0.0
 
-    def add(self, cache_radiance: wp.array | None = None) -> None:
-        """Add the tracer's last frame; `cache_radiance` (queries, 3) completes the paths that ended in the cache."""
+    def add(self, cache_radiance: wp.array | None = None, *, weight: float = 1.0) -> None:
+        """Add the tracer's last frame.
+
+        Args:
+            cache_radiance: (queries, 3), completes the paths that ended in the cache.
+            weight: Of this frame in the mean, positive.
+        """
         tracer = self.tracer
         launch(
             kf.accumulate,
             tracer.n_pixels,
             inputs=[
+                weight,
                 self.clamp,
                 tracer.radiance,
                 tracer.query_vertex,
@@ -47,28 +54,31 @@ class Film:
             device=tracer.device,
         )
         self.n_frames += 1
+        self.weight += weight
 
     def clear(self) -> None:
         """Start over."""
         for array in self._arrays().values():
             array.zero_()
         self.n_frames = 0
+        self.weight = 0.0
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything `load_state` needs to go on as if nothing had happened."""
         arrays = {name: array.numpy() for name, array in self._arrays().items()}
-        return {**arrays, "n_frames": np.array([self.n_frames])}
+        return {**arrays, "n_frames": np.array([self.n_frames]), "weight": np.array([self.weight])}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from `state`."""
         for name, array in self._arrays().items():
             array.assign(state[name])
         self.n_frames = int(state["n_frames"][0])
+        self.weight = float(state["weight"][0])
 
     def image(self) -> np.ndarray:
-        """Mean of the frames, (height, width, 3) float32 [W m^-2 sr^-1]; zeros before the first."""
+        """Weighted mean of the frames, (height, width, 3) float32 [W m^-2 sr^-1]; zeros before the first."""
         total = self.sums.numpy().astype(np.float64) - self.errors.numpy()
-        mean = total / max(self.n_frames, 1)
+        mean = total / (self.weight or 1.0)
         return mean.astype(np.float32).reshape(self.tracer.height, self.tracer.width, 3)
 
     def stats(self) -> dict[str, float]:

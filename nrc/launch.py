@@ -93,6 +93,8 @@ def launch(
         wp.launch(kernel, dim=n, inputs=[0, *inputs], outputs=list(outputs), device=device)
         return
 
+    kernel.module.load(device, 1)  # compile once, not once per thread
+
     def run(first: int) -> None:
         count = min(range_size, n - first)
         wp.launch(kernel, dim=count, inputs=[first, *inputs], outputs=list(outputs), device=device, record_tape=False)

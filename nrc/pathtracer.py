@@ -71,11 +71,13 @@ class PathTracer:
     Attributes:
         radiance: (pixels,) vec3, what the last frame's paths found themselves [W m^-2 sr^-1].
         query_vertex: (pixels,) int, at which vertex (from 1) a path ended in the cache, 0 where it did not.
+        query_spread: (pixels,) float, area spread of the path there over its primary footprint.
         query_weight: (pixels,) vec3 throughput up to there.
         query_place: (pixels,) int, row of the pixel's record in `queries`.
         queries, n_queries: Records to ask the cache about, and their number (device, (1,) int).
+        tile, n_training_paths: Size [px] of the last frame's tiles, and their number; one training path each.
         tails, n_tails: Records at the ends of training suffixes.
-        records, targets, vertex_index, n_records: Training records after `gather_targets`.
+        records, targets, vertex_index, record_slot, n_records: Training records after `gather_targets`.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class PathTracer:
         self.radiance = wp.zeros(n_pixels, dtype=wp.vec3, device=device)
         n_queries = n_pixels if with_cache else 1
         self.query_vertex = wp.zeros(n_queries, dtype=int, device=device)
+        self.query_spread = wp.zeros(n_queries, dtype=float, device=device)
         self.query_weight = wp.zeros(n_queries, dtype=wp.vec3, device=device)
         self.query_place = wp.zeros(n_queries, dtype=int, device=device)
         self._query_flag = wp.zeros(n_queries, dtype=int, device=device)
@@ -126,13 +129,14 @@ class PathTracer:
         self.records = Records(n_staged, device)
         self.targets = wp.zeros(n_staged, dtype=wp.vec3, device=device)
         self.vertex_index = wp.zeros(n_staged, dtype=int, device=device)
+        self.record_slot = wp.zeros(n_staged, dtype=int, device=device)
         self.n_records = wp.zeros(1, dtype=int, device=device)
         self.n_training_paths = 0
+        self.tile = (width, height)
 
         lower, upper = box if box is not None else scene.bounds
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
         self._params = kt.TraceParams()
-        self._params.integrator = _INTEGRATORS[config.integrator]
         self._params.seed = config.seed
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
         self._params.rr_depth = config.rr_depth
@@ -154,26 +158,40 @@ class PathTracer:
         """Look through `camera` from the next frame on."""
         self.camera = self.scene.camera_view(self.width, self.height, camera)
 
-    def tile_size(self, n_training_paths: int) -> int:
-        """Smallest square tile [px] for which at most `n_training_paths` (and the capacity) tiles cover the picture."""
+    def tile_size(self, n_training_paths: int) -> tuple[int, int]:
+        """Width and height [px] of the tiles, of which at most `n_training_paths` (and the capacity) cover the picture."""
         limit = max(1, min(n_training_paths, self.max_training_paths))
-        size = max(1, math.isqrt(self.n_pixels // limit))
-        while -(-self.width // size) * -(-self.height // size) > limit:
-            size += 1
-        return size
+        candidates = []
+        for tile_height in range(1, self.height + 1):
+            rows = -(-self.height // tile_height)
+            columns = limit // rows
+            if columns >= 1:
+                tile_width = -(-self.width // columns)
+                n_tiles = rows * -(-self.width // tile_width)
+                candidates.append((max(tile_width, tile_height) / min(tile_width, tile_height), -n_tiles, tile_width, tile_height))
+        # Nearly square tiles, and of those the ones that use the budget best.
+        square = [c for c in candidates if c[0] <= 2.0] or [min(candidates)]
+        return min(square, key=lambda c: c[1])[2:]
 
-    def trace(self, frame: int, *, n_training_paths: int = 0) -> None:
-        """Trace frame number `frame`; with `n_training_paths` > 0 about that many paths also collect training records."""
+    def trace(self, frame: int, *, n_training_paths: int = 0, integrator: Integrator | None = None) -> None:
+        """Trace one path through every pixel.
+
+        Args:
+            frame: Number of the frame, which selects its random numbers.
+            n_training_paths: About how many paths also collect training records.
+            integrator: For this frame instead of the configured one; "path" cannot become one with a cache.
+        """
         params = self._params
+        params.integrator = _INTEGRATORS[integrator or self.config.integrator]
         params.frame = frame
         params.train = int(n_training_paths > 0 and self.config.integrator != "path")
         n_slots = 0
         if params.train:
-            size = self.tile_size(n_training_paths)
-            params.tile_size = size
-            params.tiles_x = -(-self.width // size)
-            n_slots = params.tiles_x * -(-self.height // size)
-            offset = np.random.default_rng((self.config.seed, frame)).integers(0, size, 2)
+            self.tile = self.tile_size(n_training_paths)
+            params.tile_width, params.tile_height = self.tile
+            params.tiles_x = -(-self.width // params.tile_width)
+            n_slots = params.tiles_x * -(-self.height // params.tile_height)
+            offset = np.random.default_rng((self.config.seed, frame)).integers(0, self.tile)
             params.tile_offset_x, params.tile_offset_y = int(offset[0]), int(offset[1])
         if self.config.integrator != "path":
             self._staged.count.zero_()
@@ -182,7 +200,14 @@ class PathTracer:
             kt.trace_paths,
             self.n_pixels,
             inputs=[self.scene.view, self.camera, params],
-            outputs=[self.radiance, self._pixel_queries.view, self.query_weight, self.query_vertex, self._staged],
+            outputs=[
+                self.radiance,
+                self._pixel_queries.view,
+                self.query_weight,
+                self.query_vertex,
+                self.query_spread,
+                self._staged,
+            ],
             device=self.device,
         )
         if self.config.integrator == "path":
@@ -206,7 +231,7 @@ class PathTracer:
             kr.gather_targets,
             n_slots,
             inputs=[self.config.max_records, self._staged, self._record_place, self._tail_place, tail_radiance],
-            outputs=[self.records.view, self.targets, self.vertex_index],
+            outputs=[self.records.view, self.targets, self.vertex_index, self.record_slot],
             device=self.device,
         )
 

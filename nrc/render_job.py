@@ -136,7 +136,7 @@ class _ProgressBar:
             initial=0 if self._by_time else n_frames,
             unit=unit,
             desc="render",
-            disable=not enabled,
+            disable=None if enabled else True,  # None: quiet where standard error is not a terminal
             bar_format=layout,
         )
 

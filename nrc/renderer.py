@@ -19,6 +19,9 @@ from nrc.launch import launch, prepare
 from nrc.pathtracer import PathTracer, PathTracerConfig
 from nrc.scene import Scene
 
+# A picture that is accumulated from an untrained cache counts its first frames less: they are the darkest, since light
+# travels a few bounces per frame through self-training.
+SETTLING_FRAMES = 128
 STAGES = ("trace", "query", "tails", "train", "film")
 
 
@@ -63,7 +66,7 @@ class Renderer:
             self.cache = RadianceCache(
                 self.scene.bounds,
                 cache_config,
-                max_queries=max(self.tracer.queries.capacity, self.tracer.tails.capacity),
+                max_queries=max(self.tracer.queries.capacity, self.tracer.records.capacity),
                 max_records=self.tracer.records.capacity,
                 device=self.device,
             )
@@ -85,21 +88,25 @@ class Renderer:
     def frame(self) -> None:
         """Trace one path per pixel, complete the picture from the cache, train the cache, add to the film."""
         tracer, cache = self.tracer, self.cache
-        n_paths = 0
-        if cache is not None and self.train:
-            n_paths = max(1, int(cache.config.n_training_records / self._records_per_path))
+        n_paths = self.n_training_paths() if self.train else 0
         with self._stage("trace"):
             tracer.trace(self.frame_index, n_training_paths=n_paths)
         radiance = None
         if cache is not None:
-            if n_paths:
+            if n_paths > 0:
                 self._train_cache(cache)
             with self._stage("query"):
                 radiance = cache.query(tracer.queries, tracer.n_queries)
         with self._stage("film"):
-            self.film.add(radiance)
+            self.film.add(radiance, weight=self._frame_weight())
         self.frame_index += 1
         self._n_timed += 1
+
+    def n_training_paths(self) -> int:
+        """How many training paths fill the cache's record budget, judging by the frames so far; 0 without a cache."""
+        if self.cache is None:
+            return 0
+        return max(1, int(self.cache.config.n_training_records / self._records_per_path))
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, (height, width, 3) float32 [W m^-2 sr^-1]."""
@@ -155,6 +162,12 @@ class Renderer:
         )
         layers = {name: array.numpy() for name, array in arrays.items()}
         return {name: value.reshape(*shape, *value.shape[1:]).astype(np.float32) for name, value in layers.items()}
+
+    def _frame_weight(self) -> float:
+        """Weight of this frame in the picture: rises while a cache that started empty settles."""
+        if self.cache is None:
+            return 1.0
+        return min(1.0, (self.frame_index + 1) / SETTLING_FRAMES)
 
     def _train_cache(self, cache: RadianceCache) -> None:
         tracer = self.tracer

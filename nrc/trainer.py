@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from .field import Field, _options, _otype, check_count, check_rows, one_of
+from .field import Field, check_count, check_rows, heavy_range, one_of, otype_of, parse_options
 from .kernels import encoding as enc
 from .kernels import loss as losses
 from .kernels import network as net
+from .kernels import network_wide
 from .kernels import optimizer as opt
-from .launch import launch
+from .launch import launch, threads
 
 MIN_CHUNK, MAX_CHUNK = 64, 256  # rows that share a weight-gradient block; fixed by batch_size, so results are too
 
@@ -32,15 +33,13 @@ class Trainer:
         ValueError: Unknown otype, key or value; the message lists what is allowed.
     """
 
-    def __init__(
-        self, field: Field, loss: Mapping[str, Any], optimizer: Mapping[str, Any], *, batch_size: int
-    ) -> None:
+    def __init__(self, field: Field, loss: Mapping[str, Any], optimizer: Mapping[str, Any], *, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         self.field = field
         self.batch_size = batch_size
-        self.loss_otype = one_of(_otype(loss, "L2"), losses.LOSSES, "loss otype")
-        _options(loss, {}, f"{self.loss_otype} loss")
+        self.loss_otype = one_of(otype_of(loss, "L2"), losses.LOSSES, "loss otype")
+        parse_options(loss, {}, f"{self.loss_otype} loss")
         if self.loss_otype == "RelativeL2Luminance" and field.n_output_dims != 3:
             raise ValueError(f"RelativeL2Luminance needs 3 outputs, the field has {field.n_output_dims}")
         self.optimizer = parse_optimizer(optimizer)
@@ -52,7 +51,7 @@ class Trainer:
         field = self.field
         encoding, network = field.encoding, field.network
         if field.wide:
-            self._backpropagate = net.make_backpropagate_wide(encoding, network, self.loss_otype)
+            self._backpropagate = network_wide.make_backpropagate_wide(encoding, network, self.loss_otype)
             self._update_grids = [opt.make_update_grid_wide(encoding, part) for part in encoding.grids]
             self._debias = opt.make_debias_ema_wide()
         else:
@@ -85,11 +84,7 @@ class Trainer:
         ema = self.optimizer.ema_decay is not None
         adam = opt.AdamView()
         adam.params = field.params
-        adam.m = zeros(n_params)
-        adam.v = zeros(n_params)
-        adam.steps = zeros(n_params, dtype=wp.uint16)
-        adam.ema = zeros(n_params if ema else 0)
-        adam.stamps = zeros(n_params // opt.UPDATE_BLOCK if ema else 0, dtype=int)
+        adam.blocks = zeros(n_params // opt.UPDATE_BLOCK, dtype=opt.AdamBlock)
         adam.bias_correction = wp.array(_bias_correction(self.optimizer), dtype=float, device=device)
         adam.ema_weight = wp.array(_ema_weight(self.optimizer.ema_decay), dtype=float, device=device)
         adam.learning_rate = zeros(1)
@@ -97,6 +92,11 @@ class Trainer:
         adam.epsilon, adam.l2_reg = self.optimizer.epsilon, self.optimizer.l2_reg
         adam.n_matrix_params = field.network.n_params
         self._adam = adam
+        # The blocks' bytes as plain integers, for `state_arrays`
+        words = wp.types.type_size_in_bytes(opt.AdamBlock) // 4
+        self._adam_words: wp.array = wp.array(
+            ptr=adam.blocks.ptr, dtype=wp.uint32, shape=(adam.blocks.shape[0], words), device=device
+        )
         self._ema_params = wp.empty(n_params, dtype=float, device=device) if ema else field.params
 
     @property
@@ -142,22 +142,17 @@ class Trainer:
     def reset(self) -> None:
         """Forget moments, averages and step counts. The parameters stay: see `Field.reset`."""
         adam = self._adam
-        for array in (adam.m, adam.v, adam.steps, adam.ema, adam.stamps, self._state, self._loss, self._dL_dparams):
+        for array in (adam.blocks, self._state, self._loss, self._dL_dparams):
             array.zero_()
         adam.learning_rate.fill_(self.optimizer.learning_rate)
 
     def state_arrays(self) -> dict[str, wp.array]:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
-        adam = self._adam
         return {
             "params": self.params,
-            "m": adam.m,
-            "v": adam.v,
-            "steps": adam.steps,
-            "ema": adam.ema,
-            "stamps": adam.stamps,
+            "adam": self._adam_words,
             "counters": self._state,
-            "learning_rate": adam.learning_rate,
+            "learning_rate": self._adam.learning_rate,
         }
 
     def step(self, x: wp.array, y: wp.array, *, count: wp.array | None = None) -> wp.array:
@@ -184,7 +179,7 @@ class Trainer:
             raise ValueError(
                 f"x has {x.shape[0]} rows and y {y.shape[0]}; expected equally many, at most {self.batch_size}"
             )
-        rows = [x.shape[0], count]
+        rows = (x.shape[0], count)
         if field.wide:
             self._backpropagate_wide(x, y, rows)
         else:
@@ -193,19 +188,20 @@ class Trainer:
         self._update(x)
         return self._loss
 
-    def _backpropagate_wide(self, x: wp.array, y: wp.array, rows: list[Any]) -> None:
+    def _backpropagate_wide(self, x: wp.array, y: wp.array, rows: tuple[int, wp.array | None]) -> None:
+        n_chunks = -(-x.shape[0] // self.chunk_size)
         # The features' buffer becomes their gradients'
         self.field.encode_grids(self.field.params, 0, *rows, x, self._dL_dgrid)
         launch(
             self._backpropagate,
-            -(-x.shape[0] // self.chunk_size),
+            n_chunks,
             inputs=[self.field.params, self.chunk_size, *rows, x, y],
             outputs=[self._dL_dgrid, self._chunk_gradient, self._chunk_loss, self._chunk_finite],
             device=self.field.device,
-            range_size=1,
+            range_size=heavy_range(n_chunks),
         )
 
-    def _backpropagate_rows(self, x: wp.array, y: wp.array, rows: list[Any]) -> None:
+    def _backpropagate_rows(self, x: wp.array, y: wp.array, rows: tuple[int, wp.array | None]) -> None:
         n_rows = x.shape[0]
         stored = [self._activations, self._dL_dsums, self._dL_dgrid, self._row_loss]
         launch(
@@ -223,7 +219,7 @@ class Trainer:
             device=self.field.device,
         )
 
-    def _decide(self, rows: list[Any]) -> None:
+    def _decide(self, rows: tuple[int, wp.array | None]) -> None:
         o = self.optimizer
         launch(
             opt.decide_step,
@@ -247,12 +243,14 @@ class Trainer:
     def _update(self, x: wp.array) -> None:
         field, device = self.field, self.field.device
         n_blocks = field.network.n_params // opt.UPDATE_BLOCK
+        range_size = -(-n_blocks // threads())
         launch(
             opt.reduce_weight_gradient,
             n_blocks,
             inputs=[self.chunk_size, self._state, self._chunk_gradient],
             outputs=[self._dL_dparams],
             device=device,
+            range_size=range_size,
         )
         if field.wide:
             for part, update in zip(field.encoding.grids, self._update_grids, strict=True):
@@ -261,7 +259,7 @@ class Trainer:
                     part.config.n_levels,
                     inputs=[self._state, x, self._dL_dgrid, self._adam, self._dL_dparams],
                     device=device,
-                    range_size=1,
+                    range_size=heavy_range(part.config.n_levels),
                 )
         else:
             for part, accumulate in zip(field.encoding.grids, self._accumulate_grids, strict=True):
@@ -274,11 +272,13 @@ class Trainer:
                     range_size=1,
                 )
             n_blocks = field.n_params // opt.UPDATE_BLOCK
+            range_size = -(-n_blocks // threads())
         launch(
             opt.update_params,
             n_blocks,
             inputs=[self._state, self._adam, self._dL_dparams],
             device=device,
+            range_size=range_size,
         )
 
     def kernels(self) -> dict[str, wp.Kernel]:
@@ -306,15 +306,15 @@ def parse_optimizer(config: Mapping[str, Any]) -> opt.Optimizer:
     values: dict[str, Any] = {}
     seen: set[str] = set()
     while True:
-        otype = one_of(_otype(config, "Adam"), ("Adam", *wrappers), "optimizer otype")
+        otype = one_of(otype_of(config, "Adam"), ("Adam", *wrappers), "optimizer otype")
         if otype in seen:
             raise ValueError(f"optimizer {otype} is nested in itself")
         seen.add(otype)
         if otype == "Adam":
             defaults = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "l2_reg": 1e-8}
-            return opt.Optimizer(**_options(config, defaults, "Adam optimizer"), **values)
+            return opt.Optimizer(**parse_options(config, defaults, "Adam optimizer"), **values)
         defaults, names = wrappers[otype]
-        options = _options(config, {**defaults, "nested": {}}, f"{otype} optimizer")
+        options = parse_options(config, {**defaults, "nested": {}}, f"{otype} optimizer")
         config = options.pop("nested")
         values |= {names.get(key, key): value for key, value in options.items()}
 
@@ -333,7 +333,9 @@ def _bias_correction(optimizer: opt.Optimizer) -> np.ndarray:
 
 def _ema_weight(decay: float | None) -> np.ndarray:
     """1 - decay^n for n = 0, 1, ... until it is 1 in single precision."""
-    if decay is None or decay == 0.0:
+    if decay is None:
+        return np.empty(0, np.float32)
+    if decay == 0.0:
         return np.array([0.0, 1.0], np.float32)
     n = np.arange(math.ceil(math.log(2.0**-25) / math.log(decay)) + 2, dtype=np.float64)
     return (1.0 - decay**n).astype(np.float32)

@@ -1,6 +1,7 @@
 """NumPy twins of the learning core, written from the published formulas in double precision."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,7 +13,9 @@ def grid_levels(n_dims, n_levels, log2_hashmap_size, base_resolution, per_level_
     levels = []
     log2_scale = np.float32(np.log2(np.float32(per_level_scale)))
     for i in range(n_levels):
-        scale = np.float32(np.exp2(np.float64(np.float32(i) * log2_scale))) * np.float32(base_resolution) - np.float32(1)
+        scale = np.float32(np.exp2(np.float64(np.float32(i) * log2_scale))) * np.float32(base_resolution) - np.float32(
+            1
+        )
         resolution = math.ceil(scale) + 1
         n_entries = min(-(-(resolution**n_dims) // 8) * 8, 2**log2_hashmap_size)
         levels.append((float(scale), resolution, n_entries, resolution**n_dims > n_entries))
@@ -114,7 +117,7 @@ def field(x, params, encoding, network, n_outputs):
     n_inputs = -(-encode_width(x.shape[1], encoding) // 16) * 16
     widths = [n_inputs] + [width] * n_hidden + [n_outputs]
     weights, first = [], 0
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in pairwise(widths):
         weights.append(np.float64(params[first : first + n_in * n_out]).reshape(n_in, n_out))
         first += n_in * n_out
     h = encode(x, encoding, params[first:])

@@ -6,7 +6,8 @@ import reference_learning as reference
 import warp as wp
 
 from nrc.field import parse_encoding
-from nrc.kernels.encoding import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode, make_encode_grid_wide
+from nrc.kernels.encoding import make_encode
+from nrc.kernels.encoding_wide import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode_grid_wide
 
 TOLERANCE = 2e-6  # a few roundings of values of order one
 GRID = {

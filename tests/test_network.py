@@ -138,7 +138,7 @@ def parameter_gradient(field, loss, x, y):
     """dL/dparams as the trainer sees it: ten times the first moments after the first step (beta1 = 0.9)."""
     trainer = Trainer(field, {"otype": loss}, {"otype": "Adam", "l2_reg": 0.0}, batch_size=len(x))
     value = trainer.step(wp.array(x, dtype=float, device="cpu"), wp.array(y, dtype=float, device="cpu"))
-    return 10.0 * trainer._adam.m.numpy().astype(np.float64), float(value.numpy()[0])
+    return 10.0 * trainer._adam.blocks.numpy()["m"].ravel().astype(np.float64), float(value.numpy()[0])
 
 
 @pytest.mark.parametrize("loss", ["L2", "RelativeL2Luminance"])
@@ -175,3 +175,16 @@ def test_parameter_gradient_matches_finite_differences(wide, loss, n_neurons, n_
     cosine = gradient[picks] @ expected / np.linalg.norm(gradient[picks]) / np.linalg.norm(expected)
     assert cosine > 0.99999
     assert ((gradient[picks] == 0) == (expected == 0)).mean() > 0.97  # untouched entries and dead units
+
+
+def test_inference_in_slices_is_the_same(monkeypatch):
+    """Rows beyond one slice of the CPU's two-launch evaluation get the same bits as in a single slice."""
+    field = make_field()
+    x = np.random.default_rng(4).random((500, 8), dtype=np.float32)
+    whole = evaluate(field, x)
+    monkeypatch.setattr(nrc.field, "SLICE_ROWS", 128)
+    np.testing.assert_array_equal(evaluate(field, x), whole)
+    count = wp.array([300], dtype=int, device="cpu")
+    some = evaluate(field, x, count=count)
+    np.testing.assert_array_equal(some[:300], whole[:300])
+    assert np.isnan(some[300:]).all()

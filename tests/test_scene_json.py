@@ -95,6 +95,7 @@ def test_material_fields_are_read(tmp_path: Path) -> None:
     assert isinstance(checker, Checkerboard) and checker.color0 == (1.0, 0.0, 0.0)
     assert checker.color1 == (0.2, 0.2, 0.2) and board.alpha_mode == "blend"
     assert result.meshes[0].material == 3
+    assert result.environment is None  # a textured lamp is light enough
 
 
 @pytest.mark.parametrize("kind", MATERIAL_KINDS)

@@ -9,7 +9,6 @@ from typing import Any
 
 from nrc.scene import SceneError
 
-
 SINGLE = 3.4028234e38  # largest finite number in single precision, which every number ends up in
 
 

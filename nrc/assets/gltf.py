@@ -38,7 +38,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.file = GltfFile(path)
         self.root = self.file.root
-        self.model = Model(name=path.stem)
+        self.model = Model(name=path.stem, decorative_emission=True)
         self.worlds: dict[int, np.ndarray] = {}
         self.default_material: int | None = None
 

@@ -24,7 +24,14 @@ from nrc.scene import (
 
 @dataclass
 class Model:
-    """Parts of a scene; `to_scene` makes it complete. The attributes are those of `Scene`."""
+    """Parts of a scene; `to_scene` makes it complete.
+
+    Attributes:
+        decorative_emission: Textured emission is no light source: glTF models are made for viewers that bring their own
+            light, and glow only here and there.
+
+    The others are those of `Scene`.
+    """
 
     name: str
     meshes: list[Mesh] = field(default_factory=list)
@@ -34,6 +41,7 @@ class Model:
     environment: Environment | None = None
     settings: RenderSettings = field(default_factory=RenderSettings)
     warnings: list[str] = field(default_factory=list)
+    decorative_emission: bool = False
 
     def warn(self, message: str) -> None:
         """Note `message` once."""
@@ -41,16 +49,13 @@ class Model:
             self.warnings.append(message)
 
     def to_scene(self) -> Scene:
-        """The complete scene: a default environment if nothing lights it, a framing camera if there is none.
-
-        Emission with a texture alone does not count as light: it is mostly decoration of models made for viewers that
-        bring their own light.
-        """
+        """The complete scene: a default environment if nothing lights it, a framing camera if there is none."""
         if not any(len(mesh.indices) for mesh in self.meshes):
             raise SceneError(f"{self.name}: has no triangles")
         emitters = [self.materials[mesh.material] for mesh in self.meshes if self.materials[mesh.material].emits]
+        lamps = [lamp for lamp in emitters if not (self.decorative_emission and lamp.emission_texture)]
         environment, camera = self.environment, self.camera
-        if environment is None and not self.lights and all(material.emission_texture for material in emitters):
+        if environment is None and not self.lights and not lamps:
             environment = default_environment()
             found = "no lights in file but textured emission" if emitters else "no lights in file"
             self.warn(f"{found}: using the default environment (soft grey sky with a broad light in front)")
@@ -81,6 +86,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return np.where(good, vectors / np.where(good, length, 1.0), (0.0, 0.0, 1.0))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the mesh refuses what is not finite
 def transform_mesh(mesh: Mesh, matrix: np.ndarray) -> Mesh:
     """The mesh moved by an affine (4, 4) matrix.
 
@@ -97,8 +103,7 @@ def transform_mesh(mesh: Mesh, matrix: np.ndarray) -> Mesh:
     if tangents is not None:
         direction = unit(tangents[:, :3] @ linear.T)
         tangents = np.column_stack([direction, tangents[:, 3] * (-1.0 if mirrored else 1.0)]).astype(np.float32)
-    with np.errstate(over="ignore"):  # the mesh refuses what is not finite
-        positions = affine(matrix, mesh.positions.astype(float)).astype(np.float32)
+    positions = affine(matrix, mesh.positions.astype(float)).astype(np.float32)
     return replace(
         mesh,
         positions=positions,

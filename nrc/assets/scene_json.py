@@ -156,6 +156,7 @@ class _Reader:
             part = read_model(path)
         except SceneError as error:
             raise file.error(str(error)) from None
+        self.model.decorative_emission |= part.decorative_emission
         for warning in part.warnings:
             self.model.warn(warning if path.name in warning else f"{path.name}: {warning}")
         own, overrides = field.get("material"), field.get("materials")

@@ -20,6 +20,7 @@ def add_compensated(sums: wp.array[wp.vec3], errors: wp.array[wp.vec3], i: int, 
 def accumulate(
     first: int,
     # Params
+    weight: float,  # of this frame
     clamp: float,  # largest component a frame may add to a pixel, 0 for none
     # In
     radiance: wp.array[wp.vec3],  # (pixels,)
@@ -35,7 +36,7 @@ def accumulate(
     # Out
     out_frame: wp.array[wp.vec3],  # (pixels,) this frame alone
 ):
-    """Finish a frame's pixel and add it to the film. One thread per pixel."""
+    """Finish a frame's pixel and add it to the film with its weight. One thread per pixel."""
     i = first + wp.tid()
     value = radiance[i]
     if query_vertex.shape[0] == radiance.shape[0]:
@@ -48,7 +49,7 @@ def accumulate(
         value = wp.vec3(0.0, 0.0, 0.0)
     if clamp > 0.0:
         limited = wp.vec3(wp.min(value[0], clamp), wp.min(value[1], clamp), wp.min(value[2], clamp))
-        clamped[i] = clamped[i] + (value - limited)
+        clamped[i] = clamped[i] + weight * (value - limited)
         value = limited
     out_frame[i] = value
-    add_compensated(sums, errors, i, value)
+    add_compensated(sums, errors, i, weight * value)

@@ -13,27 +13,21 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import (
-    UNIQUE,
-    VECTOR_SOURCE,
-    Encoding,
-    Part,
-    gather_points_source,
-    grid_corners_source,
-    n_valid_rows,
-)
+from .encoding import UNIQUE, Encoding, Part, n_valid_rows
+from .encoding_wide import VECTOR_SOURCE, gather_points_source, grid_corners_source
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 4})
 
 GO, N_ROWS, N_STEPS, N_SKIPPED = 0, 1, 2, 3  # places in `state`
 UPDATE_BLOCK = 8  # parameters that share a stamp; divides the size of every layer and grid level
 Block = wp.types.vector(length=UPDATE_BLOCK, dtype=float)
+Counts = wp.types.vector(length=UPDATE_BLOCK, dtype=wp.uint16)
 DEBIAS_CHUNK = 8192  # parameters per index of the CPU's EMA kernel
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam (Kingma and Ba 2015), its learning rate schedule and the weights' moving average; tiny-cuda-nn's defaults."""
+    """Adam (Kingma and Ba 2015), the learning rate's schedule, the weights' average; tiny-cuda-nn's defaults."""
 
     learning_rate: float = 1e-3
     beta1: float = 0.9
@@ -62,17 +56,25 @@ class Optimizer:
 
 
 @wp.struct
+class AdamBlock:
+    """State of 8 consecutive parameters: two cache lines, so that a touched entry costs two misses and not five."""
+
+    m: Block  # first moments
+    v: Block  # second moments
+    ema: Block  # moving average of the weights before debiasing
+    steps: Counts  # updates of each parameter, saturating where the bias correction is 1
+    stamp: int  # step at which the average is up to date
+    padding: wp.vec3i
+
+
+@wp.struct
 class AdamView:
-    """Parameters with their moments and averages, and the constants of the update."""
+    """Parameters with their state, and the constants of the update."""
 
     params: wp.array[float]  # (n_params)
-    m: wp.array[float]  # first moments (n_params)
-    v: wp.array[float]  # second moments (n_params)
-    steps: wp.array[wp.uint16]  # updates of each parameter, saturating where the bias correction is 1 (n_params)
-    ema: wp.array[float]  # moving average before debiasing (n_params), or empty
-    stamps: wp.array[int]  # step at which each block's average is up to date (n_params / 8)
+    blocks: wp.array[AdamBlock]  # (n_params / 8)
     bias_correction: wp.array[float]  # sqrt(1 - beta2^n) / (1 - beta1^n)
-    ema_weight: wp.array[float]  # 1 - decay^n
+    ema_weight: wp.array[float]  # 1 - decay^n, empty without a moving average
     learning_rate: wp.array[float]  # (1)
     beta1: float
     beta2: float
@@ -172,12 +174,10 @@ def update_params(
             touched = True
     if not touched:
         return
-    gap = int(0)
-    ema = adam.ema.shape[0] > 0
-    if ema:
-        gap = wp.min(state[N_STEPS] - 1 - adam.stamps[block], adam.ema_weight.shape[0] - 1)
-        adam.stamps[block] = state[N_STEPS]
-    for i in range(begin, begin + UPDATE_BLOCK):
+    state_of = adam.blocks[block]
+    last_gap = adam.ema_weight.shape[0] - 1
+    for j in range(UPDATE_BLOCK):
+        i = begin + j
         before = adam.params[i]
         after = before
         gradient = dL_dparams[i]
@@ -185,18 +185,21 @@ def update_params(
         if i < adam.n_matrix_params or gradient != 0.0:
             if i < adam.n_matrix_params:
                 gradient += adam.l2_reg * before
-            n = wp.min(int(adam.steps[i]) + 1, adam.bias_correction.shape[0] - 1)
-            m = adam.beta1 * adam.m[i] + (1.0 - adam.beta1) * gradient
-            v = adam.beta2 * adam.v[i] + (1.0 - adam.beta2) * gradient * gradient
+            n = wp.min(int(state_of.steps[j]) + 1, adam.bias_correction.shape[0] - 1)
+            m = adam.beta1 * state_of.m[j] + (1.0 - adam.beta1) * gradient
+            v = adam.beta2 * state_of.v[j] + (1.0 - adam.beta2) * gradient * gradient
             rate = adam.learning_rate[0] * adam.bias_correction[n] / (wp.sqrt(v) + adam.epsilon)
             after = before - rate * m
-            adam.steps[i] = wp.uint16(n)
-            adam.m[i] = m
-            adam.v[i] = v
+            state_of.steps[j] = wp.uint16(n)
+            state_of.m[j] = m
+            state_of.v[j] = v
             adam.params[i] = after
-        if ema:
-            average = adam.ema[i] + adam.ema_weight[gap] * (before - adam.ema[i])
-            adam.ema[i] = average + adam.ema_weight[1] * (after - average)
+        if last_gap >= 0:
+            gap = wp.min(state[N_STEPS] - 1 - state_of.stamp, last_gap)
+            average = state_of.ema[j] + adam.ema_weight[gap] * (before - state_of.ema[j])
+            state_of.ema[j] = average + adam.ema_weight[1] * (after - average)
+    state_of.stamp = state[N_STEPS]
+    adam.blocks[block] = state_of
 
 
 @wp.kernel
@@ -214,8 +217,9 @@ def debias_ema(
     last = adam.ema_weight.shape[0] - 1
     average = adam.params[i]
     if n_steps > 0:
-        gap = wp.min(n_steps - adam.stamps[i // UPDATE_BLOCK], last)
-        average = adam.ema[i] + adam.ema_weight[gap] * (average - adam.ema[i])
+        state_of = adam.blocks[i // UPDATE_BLOCK]
+        ema = state_of.ema[i % UPDATE_BLOCK]
+        average = ema + adam.ema_weight[wp.min(n_steps - state_of.stamp, last)] * (average - ema)
         average = average / adam.ema_weight[wp.min(n_steps, last)]
     out_params[i] = average
 
@@ -227,6 +231,8 @@ typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int i8 __attribute__((vector_size(32), aligned(4)));
 typedef unsigned short s8 __attribute__((vector_size(16), aligned(2)));
 const f8 zero8 = {};
+struct block8 { f8 m, v, ema; s8 steps; int stamp, padding[3]; };  // AdamBlock
+static_assert(sizeof(block8) == sizeof(*adam.blocks.data), "");
 """
 
 _UPDATE_SOURCE = (
@@ -234,38 +240,50 @@ _UPDATE_SOURCE = (
     + """
 const int n_steps = state.data[2], last_step = adam.bias_correction.shape[0] - 1;
 const int last_gap = adam.ema_weight.shape[0] - 1;
-const bool ema = adam.ema.shape[0] > 0;
+const bool ema = last_gap >= 0;
 const float rate0 = adam.learning_rate.data[0], beta1 = adam.beta1, beta2 = adam.beta2, epsilon = adam.epsilon;
 const float* bias_correction = adam.bias_correction.data;
 const float new_weight = ema ? adam.ema_weight.data[1] : 0.0f;
-for (size_t i = update_begin; i < update_end; i += 8) {
+block8* blocks = (block8*)adam.blocks.data;
+// List a group's touched blocks and fetch them ahead, then update them: neither branches nor memory are predictable
+for (size_t group = update_begin; group < update_end; group += 512) {
+size_t touched[64];
+int n_touched = 0;
+for (size_t i = group; i < (group + 512 < update_end ? group + 512 : update_end); i += 8) {
+    touched[n_touched] = i;
+    if (__builtin_reduce_or(*(f8*)(dL_dparams.data + i) != zero8)) {
+        ++n_touched;
+        __builtin_prefetch(&blocks[i / 8].m, 1);
+        __builtin_prefetch(&blocks[i / 8].ema, 1);
+        __builtin_prefetch(adam.params.data + i, 1);
+    }
+}
+for (int t = 0; t < n_touched; ++t) {
+    const size_t i = touched[t];
     f8 g = *(f8*)(dL_dparams.data + i);
     i8 some = g != zero8;
-    if (!__builtin_reduce_or(some)) continue;
     *(f8*)(dL_dparams.data + i) = zero8;
-    i8 n = __builtin_convertvector(*(s8*)(adam.steps.data + i), i8) + 1;
+    block8& block = blocks[i / 8];
+    i8 n_old = __builtin_convertvector(block.steps, i8), n = n_old + 1;
     n = n < last_step ? n : n - n + last_step;
     f8 rate;
     for (int j = 0; j < 8; ++j) rate[j] = bias_correction[n[j]];
     f8 before = *(f8*)(adam.params.data + i);
-    f8 m_old = *(f8*)(adam.m.data + i), v_old = *(f8*)(adam.v.data + i);
-    f8 m = beta1 * m_old + (1.0f - beta1) * g;
-    f8 v = beta2 * v_old + (1.0f - beta2) * g * g;
+    f8 m = beta1 * block.m + (1.0f - beta1) * g;
+    f8 v = beta2 * block.v + (1.0f - beta2) * g * g;
     f8 after = before - rate0 * rate / (__builtin_elementwise_sqrt(v) + epsilon) * m;
     after = some ? after : before;
-    *(s8*)(adam.steps.data + i) = __builtin_convertvector(some ? n : __builtin_convertvector(*(s8*)(adam.steps.data + i), i8), s8);
-    *(f8*)(adam.m.data + i) = some ? m : m_old;
-    *(f8*)(adam.v.data + i) = some ? v : v_old;
+    block.steps = __builtin_convertvector(some ? n : n_old, s8);
+    block.m = some ? m : block.m;
+    block.v = some ? v : block.v;
     *(f8*)(adam.params.data + i) = after;
     if (ema) {
-        int& stamp = adam.stamps.data[i / 8];
-        const int gap = n_steps - 1 - stamp;
-        stamp = n_steps;
-        f8 e = *(f8*)(adam.ema.data + i);
-        e += adam.ema_weight.data[gap < last_gap ? gap : last_gap] * (before - e);
-        e += new_weight * (after - e);
-        *(f8*)(adam.ema.data + i) = e;
+        const int gap = n_steps - 1 - block.stamp;
+        f8 e = block.ema + adam.ema_weight.data[gap < last_gap ? gap : last_gap] * (before - block.ema);
+        block.ema = e + new_weight * (after - e);
+        block.stamp = n_steps;
     }
+}
 }
 """
 )
@@ -284,7 +302,8 @@ def make_update_grid_wide(encoding: Encoding, part: Part):
     float* table = dL_dparams.data + update_begin;
     const int n_rows = state.data[1];
     const float* dL_dfeature =
-        (const float*)((const char*)dL_dgrid.data + ({encoding.gradient_row(part)} + level) * (size_t)dL_dgrid.strides[0]);
+        (const float*)((const char*)dL_dgrid.data
+            + ({encoding.gradient_row(part)} + level) * (size_t)dL_dgrid.strides[0]);
     const size_t stride = dL_dgrid.shape[2];
     for (int s = 0; s < n_rows; s += 16) {{
         const int n = n_rows - s < 16 ? n_rows - s : 16;
@@ -341,9 +360,9 @@ def make_debias_ema_wide():
     for (size_t i = begin; i < (size_t)end; i += 8) {
         f8 average = *(f8*)(adam.params.data + i);
         if (n_steps > 0) {
-            const int gap = n_steps - adam.stamps.data[i / 8];
-            f8 e = *(f8*)(adam.ema.data + i);
-            average = (e + adam.ema_weight.data[gap < last ? gap : last] * (average - e)) / weight;
+            const block8& block = ((const block8*)adam.blocks.data)[i / 8];
+            const int gap = n_steps - block.stamp;
+            average = (block.ema + adam.ema_weight.data[gap < last ? gap : last] * (average - block.ema)) / weight;
         }
         *(f8*)(out.data + i) = average;
     }

@@ -78,7 +78,8 @@ def gather_targets(
     # Out
     out_records: RecordView,
     out_target: wp.array[wp.vec3],  # scattered radiance of each record [W m^-2 sr^-1]
-    out_index: wp.array[int],  # which vertex of its path a record is, from 0
+    out_index: wp.array[int],  # which record of its path each is, from 0
+    out_slot: wp.array[int],  # which path each is of
 ):
     """Walk a training path backwards: T_i = A_i + B_i T_{i+1}. One thread per slot."""
     slot = first + wp.tid()
@@ -95,3 +96,4 @@ def gather_targets(
         copy_record(training.records, i, out_records, place)
         out_target[place] = target
         out_index[place] = vertex
+        out_slot[place] = slot

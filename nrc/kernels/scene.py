@@ -269,6 +269,7 @@ def shading_frame(scene: wp.ref[SceneView], hit: Hit, material: wp.ref[MaterialV
         if wp.abs(determinant) > 1.0e-20:
             dp_du = (d2[1] * e1 - d1[1] * e2) / determinant
             dp_dv = (d1[0] * e2 - d2[0] * e1) / determinant
+            handedness = wp.where(determinant < 0.0, 1.0, -1.0)  # v runs down the image, the bitangent up
     if (attributes & HAS_TANGENTS) != 0:
         tangent = (
             w * scene.tangents[vertices[0]] + hit.u * scene.tangents[vertices[1]] + hit.v * scene.tangents[vertices[2]]

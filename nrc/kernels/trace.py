@@ -63,7 +63,8 @@ class TraceParams:
     box_lower: wp.vec3  # where the cache is defined
     box_upper: wp.vec3
     train: int
-    tile_size: int  # [px], one training path per tile
+    tile_width: int  # [px], one training path per tile
+    tile_height: int
     tiles_x: int
     tile_offset_x: int  # [px], which pixel of each tile trains in this frame
     tile_offset_y: int
@@ -137,9 +138,9 @@ def training_slot(params: TraceParams, x: int, y: int) -> int:
     """Slot of the training path through pixel (x, y), -1 for the others."""
     if params.train == 0:
         return -1
-    if x % params.tile_size != params.tile_offset_x or y % params.tile_size != params.tile_offset_y:
+    if x % params.tile_width != params.tile_offset_x or y % params.tile_height != params.tile_offset_y:
         return -1
-    return (y // params.tile_size) * params.tiles_x + x // params.tile_size
+    return (y // params.tile_height) * params.tiles_x + x // params.tile_width
 
 
 @wp.kernel
@@ -155,6 +156,7 @@ def trace_paths(
     out_query: RecordView,  # (pixels,)
     out_query_weight: wp.array[wp.vec3],  # (pixels,) throughput up to the query
     out_query_vertex: wp.array[int],  # (pixels,) index of the queried vertex from 1, 0 for none
+    out_query_spread: wp.array[float],  # (pixels,) the path's area spread there over the primary footprint
     out_training: TrainingView,
 ):
     """Trace one path through each pixel. One thread per path."""
@@ -260,6 +262,7 @@ def trace_paths(
                 if (wide and vertex > 0) or params.integrator == INTEGRATOR_CACHE:
                     write_record(out_query, i, surface, wo, wo_local)
                     out_query_weight[i] = beta
+                    out_query_spread[i] = spread * spread / footprint
                     query_vertex = vertex + 1
                     if slot < 0:
                         break
