@@ -56,7 +56,7 @@ def bench_cache(
         while time.perf_counter() - start < seconds:
             renderer.frame()
             if renderer.cache is not None:
-                records += min(renderer.n_records, renderer.cache.config.n_training_records)
+                records += min(renderer.n_records, renderer.cache.n_training_records)
         elapsed = time.perf_counter() - start
         pictures[name] = renderer.image()
         result[name] = {
@@ -96,7 +96,7 @@ def bench_rays(
     """Path tracing throughput, and Mitsuba's (llvm_ad_rgb `path`, same size and depths) in turn with it.
 
     Returns:
-        samples_per_second; with Mitsuba installed also mitsuba_samples_per_second and their ratio (ours over Mitsuba's).
+        samples_per_second, mitsuba_samples_per_second and their ratio (ours over Mitsuba's).
     """
     renderer = Renderer(scene, width, height, config, device=device)
     renderer.prepare()
@@ -115,7 +115,7 @@ def bench_rays(
         while time.perf_counter() - start < seconds / rounds:
             n += mitsuba.render()
         theirs.append(n * width * height / (time.perf_counter() - start))
-    result = {
+    result: dict[str, Any] = {
         "width": width,
         "height": height,
         "device": str(renderer.device),
@@ -134,9 +134,7 @@ def bench_rays(
 class _MitsubaRenderer:
     """The same scene in Mitsuba, exported by `to_mitsuba`; renders in passes of `spp` samples per pixel."""
 
-    def __init__(
-        self, scene: Scene, width: int, height: int, config: PathTracerConfig, *, spp: int = 16
-    ) -> None:
+    def __init__(self, scene: Scene, width: int, height: int, config: PathTracerConfig, *, spp: int = 16) -> None:
         from nrc.assets.mitsuba_export import to_mitsuba
 
         try:
@@ -150,9 +148,9 @@ class _MitsubaRenderer:
             import drjit as dr
 
             dr.eval(mi.Float(0.0) + 1.0)
-        except Exception as error:  # noqa: BLE001 (drjit raises bare Exceptions where LLVM is missing)
-            library = os.environ.get("DRJIT_LIBLLVM_PATH", "not set")
-            raise ValueError(f"Mitsuba's {self.variant} does not start (DRJIT_LIBLLVM_PATH {library}): {error}") from None
+        except Exception as error:  # drjit raises bare Exceptions where LLVM is missing
+            library = os.environ.get("DRJIT_LIBLLVM_PATH", "DRJIT_LIBLLVM_PATH not set")
+            raise ValueError(f"Mitsuba's {self.variant} does not start ({library=!s}): {error}") from None
         description, _ = to_mitsuba(
             scene,
             width=width,
@@ -168,7 +166,7 @@ class _MitsubaRenderer:
     def render(self) -> int:
         """Render one pass; its samples per pixel. The picture is in `image`."""
         self._n_passes += 1
-        self.image = np.array(self._mi.render(self._scene, spp=self.spp, seed=self._n_passes))[..., :3]
+        self.image = np.array(self._mi.render(self._scene, spp=self.spp, seed=self._n_passes))[..., :3]  # type: ignore[arg-type]
         return self.spp
 
 

@@ -25,25 +25,27 @@ class CacheConfig:
         n_levels, n_features_per_level, log2_hashmap_size, base_resolution, per_level_scale: Hash grid, tiny-cuda-nn's
             names.
         n_neurons, n_hidden_layers: Network; None for the number of layers means 2 with "hash" and 5 with "frequency".
+        beta2: Adam's; heavy-tailed targets need a longer memory than 0.99, or the rare bright ones count too little.
         learning_rate: Adam's; None means 1e-2 with "hash" and 2e-3 with "frequency".
         ema_decay: Of the weights that answer rendering queries.
-        batch_size, n_batches: Records per optimizer step, and steps per call of `train`.
+        batch_size, n_batches: Records per optimizer step, and steps per call of `train`. None for the batch size means
+            2^14 on CUDA and 2^11 on a CPU.
         radiance_scale: Radiance that the loss treats as 1 [W m^-2 sr^-1]; None estimates it from the first records.
         seed: Of the initial weights and the shuffle.
     """
 
     encoding: Literal["hash", "frequency"] = "hash"
-    n_levels: int = 16
-    n_features_per_level: int = 2
+    n_levels: int = 8
+    n_features_per_level: int = 4
     log2_hashmap_size: int = 15
     base_resolution: int = 16
     per_level_scale: float = 2.0
     n_neurons: int = 64
     n_hidden_layers: int | None = None
     learning_rate: float | None = None
-    beta2: float = 0.99
+    beta2: float = 0.999
     ema_decay: float = 0.99
-    batch_size: int = 2048
+    batch_size: int | None = None
     n_batches: int = 4
     radiance_scale: float | None = None
     seed: int = 1337
@@ -51,15 +53,14 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.encoding not in ("hash", "frequency"):
             raise ValueError(f"encoding must be 'hash' or 'frequency', got {self.encoding!r}")
-        if self.batch_size < 1 or self.n_batches < 1:
+        if (self.batch_size is not None and self.batch_size < 1) or self.n_batches < 1:
             raise ValueError("batch_size and n_batches must be at least 1")
         if self.radiance_scale is not None and not self.radiance_scale > 0.0:
             raise ValueError(f"radiance_scale must be positive, got {self.radiance_scale}")
 
-    @property
-    def n_training_records(self) -> int:
-        """Records that one call of `train` can use."""
-        return self.batch_size * self.n_batches
+    def batch_size_on(self, device: wp.Device) -> int:
+        """Records per optimizer step on `device`."""
+        return self.batch_size or (2**11 if device.is_cpu else 2**14)
 
     def encoding_config(self) -> dict[str, Any]:
         """tiny-cuda-nn style encoding of the inputs described in `nrc.kernels.cache`."""
@@ -125,12 +126,16 @@ class RadianceCache:
         max_queries: Records that one query may hold.
         max_records: Records that one training call may hold.
         device: Warp device.
+
+    Attributes:
+        batch_size: Records per optimizer step.
+        n_training_records: Records that one call of `train` can use.
     """
 
     def __init__(
         self,
         bounds: tuple[np.ndarray, np.ndarray],
-        config: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        config: CacheConfig = CacheConfig(),
         *,
         max_queries: int,
         max_records: int,
@@ -143,6 +148,8 @@ class RadianceCache:
             raise ValueError(f"bounds must be two finite corners with positive extent, got {lower} and {upper}")
         # A cube around the box keeps cells cubic; the margin keeps surfaces on its faces inside.
         extent *= 1.01
+        self.batch_size = config.batch_size_on(self.device)
+        self.n_training_records = self.batch_size * config.n_batches
         self._box_lower = wp.vec3(*((lower + upper) / 2.0 - extent / 2.0))
         self._inverse_extent = 1.0 / extent
         device = self.device
@@ -150,7 +157,7 @@ class RadianceCache:
             int(kc.N_INPUTS), 3, config.encoding_config(), config.network_config(), seed=config.seed, device=device
         )
         self.trainer = Trainer(
-            self.field, {"otype": "RelativeL2Luminance"}, config.optimizer_config(), batch_size=config.batch_size
+            self.field, {"otype": "RelativeL2Luminance"}, config.optimizer_config(), batch_size=self.batch_size
         )
         self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
         self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
@@ -162,7 +169,7 @@ class RadianceCache:
         self._n_valid = wp.zeros(1, dtype=int, device=device)
         self._round = wp.zeros(1, dtype=int, device=device)
         self._scale = wp.zeros(1, dtype=float, device=device)
-        b, n = config.batch_size, config.n_batches
+        b, n = self.batch_size, config.n_batches
         x = wp.zeros((b * n, int(kc.N_INPUTS)), dtype=float, device=device)
         y = wp.zeros((b * n, 3), dtype=float, device=device)
         counts = wp.zeros((n, 1), dtype=int, device=device)
@@ -220,7 +227,7 @@ class RadianceCache:
         launch(
             kc.begin_training_round,
             1,
-            inputs=[config.n_batches, config.batch_size, records.view, targets, self._flag, self._place, count],
+            inputs=[config.n_batches, self.batch_size, records.view, targets, self._flag, self._place, count],
             outputs=[self._scale, self._round, self._n_valid, self._counts],
             device=self.device,
         )
@@ -231,7 +238,7 @@ class RadianceCache:
                 self._box_lower,
                 self._inverse_extent,
                 config.n_batches,
-                config.batch_size,
+                self.batch_size,
                 config.seed,
                 records.view,
                 targets,
@@ -272,7 +279,7 @@ class RadianceCache:
         radiance_scale.
         """
         return {
-            "records": int(min(self._n_valid.numpy()[0], self.config.n_training_records)),
+            "records": int(min(self._n_valid.numpy()[0], self.n_training_records)),
             "rounds": int(self._round.numpy()[0]),
             "dropped_records": int(self._record_invalid.numpy().sum()),
             "invalid_queries": int(self._query_invalid.numpy().sum()),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nrc import assets, launch
-from nrc.image import ImageError, read_layers, read_linear, to_srgb8, write_exr, write_image
+from nrc.image import ImageError, read_linear, to_srgb8, write_exr, write_image
 from nrc.metrics import compare, difference_picture
 from nrc.scene import Scene, SceneError
 
@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--integrator", choices=("path", "nrc", "cache"), default="nrc", help="default: nrc")
     render.add_argument("--spp", type=_positive_int, help="samples per pixel (default: the scene's)")
     render.add_argument("--seconds", type=_positive_float, help="render for this long instead, compilation excluded")
-    render.add_argument("--aov", action="store_true", help="add first-hit layers and debug views of the cache (EXR only)")
-    render.add_argument("--out", type=Path, help="picture, .exr .png or .hdr (default: SCENE.exr); an EXR gets a PNG too")
+    render.add_argument("--aov", action="store_true", help="add first-hit layers and views of the cache (EXR only)")
+    render.add_argument("--out", type=Path, help=".exr, .png or .hdr (default: SCENE.exr); an EXR gets a PNG too")
     render.add_argument("--reference", type=Path, help="picture to compare with; its size is the default")
     render.add_argument("--resume", action="store_true", help="continue from OUT.checkpoint")
     render.set_defaults(run=_render)
@@ -214,12 +214,14 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
         device=arguments.device,
     )
     renderer.prepare()
-    job = RenderJob(renderer, describe(renderer, arguments.scene), out.with_name(out.name + ".checkpoint"))
+    job = RenderJob(renderer, describe(renderer), out.with_name(out.name + ".checkpoint"))
     if arguments.resume:
         job.resume()
     spp = arguments.spp or (None if arguments.seconds else scene.settings.spp)
-    _say(f"{scene.name or arguments.scene}: {width}x{height}, {arguments.integrator} on {renderer.device}, "
-         f"ready after {time.perf_counter() - start:.1f} s")
+    _say(
+        f"{scene.name or arguments.scene}: {width}x{height}, {arguments.integrator} on {renderer.device}, "
+        f"ready after {time.perf_counter() - start:.1f} s"
+    )
     job.run(Budget(spp, arguments.seconds))
 
     image = renderer.image()

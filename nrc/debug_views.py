@@ -45,15 +45,15 @@ def debug_views(renderer: Renderer) -> dict[str, np.ndarray]:
     views["training_bounces"] = _paint(bounces, tracer.tile, (h, w))
     for vertex_index in (0, 1):
         chosen = index == vertex_index
-        per_tile = np.zeros((tracer.n_training_paths, 3), np.float32)
-        per_tile[slot[chosen]] = target[chosen]
-        views[f"training_radiance_{vertex_index + 1}"] = _paint(per_tile, tracer.tile, (h, w))
+        radiance = np.zeros((tracer.n_training_paths, 3), np.float32)
+        radiance[slot[chosen]] = target[chosen]
+        views[f"training_radiance_{vertex_index + 1}"] = _paint(radiance, tracer.tile, (h, w))
     predicted = cache.query(tracer.records, tracer.n_records).numpy()[:n_records]
     luminance = predicted @ np.array([0.299, 0.587, 0.114])
     error = np.mean((predicted - target) ** 2, axis=1) / (luminance**2 + 0.01)
-    per_tile = np.zeros(tracer.n_training_paths, np.float32)
-    per_tile[slot[index == 0]] = error[index == 0]
-    views["loss"] = _paint(per_tile, tracer.tile, (h, w))
+    loss = np.zeros(tracer.n_training_paths, np.float32)
+    loss[slot[index == 0]] = error[index == 0]
+    views["loss"] = _paint(loss, tracer.tile, (h, w))
 
     tracer.trace(frame, integrator="cache")
     answer = cache.query(tracer.queries, tracer.n_queries).numpy()

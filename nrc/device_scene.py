@@ -172,7 +172,9 @@ class DeviceScene:
 
         n_punctual = len(self.scene.lights)
         has_environment = self.scene.environment is not None
-        table = np.zeros(len(emissive) + n_punctual + has_environment, ks.LightView.numpy_dtype())
+        light_view: Any = ks.LightView  # wp.struct adds numpy_dtype
+        row_type: Any = light_view.numpy_dtype()
+        table: Any = np.zeros(len(emissive) + n_punctual + has_environment, row_type)
         table["triangle"] = -1
         table["triangle"][: len(emissive)] = emissive
         power = list(triangle_power[emissive])
@@ -205,7 +207,7 @@ class DeviceScene:
         probability, alias = _alias_table(pmf)
         view.environment_light = len(table) - 1 if has_environment else -1
         if not len(table):
-            table = np.zeros(1, ks.LightView.numpy_dtype())
+            table = np.zeros(1, row_type)
         view.lights = wp.array(table, dtype=ks.LightView, device=self.device)
         if total <= 0.0:
             pmf = np.zeros(len(table))
@@ -345,8 +347,8 @@ def _mean_emission(material: Material) -> float:
 def _environment_cdfs(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Marginal CDF over rows (height + 1,) and conditional CDFs over columns (height, width + 1).
 
-    A texel's weight is the mean luminance of its 3×3 neighbourhood, because bilinear lookup spreads texels that far, times
-    the sine of its polar angle.
+    A texel's weight is the mean luminance of its 3×3 neighbourhood, because bilinear lookup spreads texels that far,
+    times the sine of its polar angle.
     """
     height, width = image.shape[:2]
     value = image @ _LUMINANCE

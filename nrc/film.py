@@ -82,7 +82,7 @@ class Film:
         return mean.astype(np.float32).reshape(self.tracer.height, self.tracer.width, 3)
 
     def stats(self) -> dict[str, float]:
-        """invalid_samples: samples left out for not being finite or negative. clamped_fraction: energy the clamp took."""
+        """invalid_samples: left out for not being finite or negative. clamped_fraction: energy the clamp took."""
         clamped = float(self._clamped.numpy().sum(dtype=np.float64))
         kept = float(self.sums.numpy().sum(dtype=np.float64))
         return {

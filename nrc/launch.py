@@ -11,8 +11,8 @@ range's first element as its first parameter and is one-dimensional::
 
     launch(scale, n, inputs=[2.0], outputs=[x], device=device)
 
-Two ranges must never write the same address: CPU atomics are plain read-modify-writes. A kernel that keeps to that gives
-the same bits for every number of threads, because the work of one index does not depend on the range it ran in.
+Two ranges must never write the same address: CPU atomics are plain read-modify-writes. A kernel that keeps to that
+gives the same bits for every number of threads, because the work of one index does not depend on its range.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _lock = threading.Lock()
 
 
 def threads() -> int:
-    """Number of CPU threads that launches use; all cores this process may run on unless `set_threads` said otherwise."""
+    """Number of CPU threads that launches use: `set_threads`, or all cores this process may run on."""
     return _n_threads or _available_cores()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import sys
@@ -29,7 +30,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after `spp` samples per pixel or `seconds` of rendering, whichever comes first; None for no limit."""
+    """When to stop: after `spp` samples per pixel or `seconds` of rendering, whichever is first; None: no limit."""
 
     spp: int | None = None
     seconds: float | None = None
@@ -159,11 +160,17 @@ def _progress_bar(budget: Budget, n_frames: int, *, enabled: bool) -> Iterator[_
         bar.close()
 
 
-def describe(renderer: Renderer, scene_name: str) -> dict[str, Any]:
+def describe(renderer: Renderer) -> dict[str, Any]:
     """Identity of a job: everything that changes its picture."""
+    scene = renderer.scene.scene
+    digest = hashlib.sha256()
+    for mesh in scene.meshes:
+        for array in (mesh.positions, mesh.indices, mesh.normals, mesh.uv0):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+    digest.update(repr((scene.materials, scene.lights, scene.environment, scene.camera)).encode())
     cache = asdict(renderer.cache.config) if renderer.cache is not None else None
     return {
-        "scene": scene_name,
+        "scene": digest.hexdigest(),
         "width": renderer.tracer.width,
         "height": renderer.tracer.height,
         "tracer": asdict(renderer.config),

@@ -59,7 +59,8 @@ class Renderer:
         self.device = self.scene.device
         cache_config = cache or CacheConfig()
         with_cache = self.config.integrator != "path"
-        n_paths = min(width * height, cache_config.n_training_records)
+        budget = cache_config.batch_size_on(self.device) * cache_config.n_batches
+        n_paths = min(width * height, budget)
         self.tracer = PathTracer(self.scene, width, height, self.config, max_training_paths=n_paths)
         self.cache: RadianceCache | None = None
         if with_cache:
@@ -106,7 +107,7 @@ class Renderer:
         """How many training paths fill the cache's record budget, judging by the frames so far; 0 without a cache."""
         if self.cache is None:
             return 0
-        return max(1, int(self.cache.config.n_training_records / self._records_per_path))
+        return max(1, int(self.cache.n_training_records / self._records_per_path))
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, (height, width, 3) float32 [W m^-2 sr^-1]."""

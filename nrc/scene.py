@@ -101,7 +101,7 @@ class Material:
         emission: Emitted radiance [W m^-2 sr^-1]; on the front side unless `emission_two_sided`.
         opacity: Alpha factor, multiplied with base_color_texture's alpha if `opacity_from_base_color` and with
             opacity_texture's first channel.
-        alpha_mode: "opaque" ignores opacity, "mask" tests it against alpha_cutoff, "blend" lets 1 - opacity pass straight.
+        alpha_mode: "opaque" ignores opacity, "mask" tests it against alpha_cutoff, "blend" lets 1 - opacity pass.
         two_sided: Both sides scatter as the front does. Otherwise the back of a reflecting surface is black
             (dielectrics always have two sides).
         normal_texture: Tangent-space normals, 0...1 encoded, scaled in x and y by normal_scale.
@@ -222,7 +222,9 @@ class PointLight:
 
 @dataclass(frozen=True)
 class SpotLight:
-    """Cone around `direction` with axial `intensity` [W sr^-1], full within `inner_angle`, zero beyond `outer_angle` [rad].
+    """Cone around `direction` with axial `intensity` [W sr^-1].
+
+    Full within `inner_angle`, zero beyond `outer_angle` [rad].
 
     `falloff` between the angles: "linear" in the angle (Mitsuba's) or "smooth", squared in the cosine
     (KHR_lights_punctual's).
@@ -254,9 +256,10 @@ class Environment:
     """Light from infinitely far away.
 
     Attributes:
-        image: (height, width, 3) float32 radiance [W m^-2 sr^-1], latitude-longitude; (1, 1, 3) is constant. Row 0 is the
-            zenith (local +y). Column position u = 0...1 has azimuth: local direction d, u = atan2(d.x, -d.z) / (2 pi)
-            (wrapped into [0, 1)), v = acos(d.y) / pi. Texel centres sit at (i + 1/2) / size, bilinear between them.
+        image: (height, width, 3) float32 radiance [W m^-2 sr^-1], latitude-longitude; (1, 1, 3) is constant. Row 0 is
+            the zenith (local +y). Column position u = 0...1 has azimuth: local direction d,
+            u = atan2(d.x, -d.z) / (2 pi) (wrapped into [0, 1)), v = acos(d.y) / pi. Texel centres sit at
+            (i + 1/2) / size, bilinear between them.
         to_world: (3, 3) rotation from the map's local frame to the world.
         scale: Multiplies the image.
     """

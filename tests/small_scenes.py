@@ -32,10 +32,10 @@ def shape(made: shapes.Shape, material: int, matrix: Any = None, *, flip: bool =
 
 
 def rectangle(material: int, centre: Vec3, u: Vec3, v: Vec3) -> Mesh:
-    """Parallelogram centre ± u ± v with its front towards u × v; uv 0...1 along both."""
+    """Parallelogram centre ± u ± v with its front towards u × v; the image of a texture is upright, v runs along -v."""
     c, e, f = (np.asarray(x, float) for x in (centre, u, v))
     positions = np.array([c - e - f, c + e - f, c + e + f, c - e + f], np.float32)
-    uv = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], np.float32)
+    uv = np.array([(0, 1), (1, 1), (1, 0), (0, 0)], np.float32)
     return Mesh(positions, np.array([(0, 1, 2), (0, 2, 3)], np.int32), material, uv0=uv)
 
 
@@ -58,11 +58,11 @@ def furnace(material: Material | None = None, *, n_theta: int = 24) -> Scene:
     return Scene((mesh,), (material,), Camera.look_at((0.2, 0.1, 0.3), (0, 0, -1), fov=60.0))
 
 
-def in_white(material: Material, *, radiance: float = 1.0) -> Scene:
-    """One sphere under light of the same radiance from everywhere."""
-    mesh = shape(shapes.sphere(32, 64), 0)
+def in_white(material: Material, *, flat: bool = False) -> Scene:
+    """One sphere under light of radiance 1 from everywhere."""
+    mesh = shape(shapes.sphere(32, 64), 0, flat=flat)
     camera = Camera.look_at((0, 0, 4), (0, 0, 0), fov=25.0)
-    return Scene((mesh,), (material,), camera, environment=Environment.constant((radiance, radiance, radiance)))
+    return Scene((mesh,), (material,), camera, environment=Environment.constant((1.0, 1.0, 1.0)))
 
 
 def looking_down(*meshes: Mesh, materials: tuple[Material, ...], height: float = 3.0, fov: float = 1.0, **rest: Any) -> Scene:

@@ -5,19 +5,37 @@ NVRTC comes with Warp. The target is cubin because PTX is not assembled: nonsens
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
+import numpy as np
 import pytest
 import warp as wp
 
+import nrc.field
 import nrc.kernels
+from nrc.cache import CacheConfig, RadianceCache
 
 ARCHITECTURES = (75, 90)  # the oldest that CUDA 13 compiles for, and the newest data-centre one of the design
 
-# Objects whose kernels come from factories, each a function that builds one small instance and returns its kernels.
-COMPONENTS: dict[str, Callable[[], Mapping[str, wp.Kernel]]] = {}
+
+def cache_kernels(encoding: Literal["hash", "frequency"]) -> list[wp.Kernel]:
+    """Factory kernels of a cache as CUDA runs it: field, its gradients, and trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nrc.field, "wide", lambda device: False)
+        box = (np.zeros(3), np.ones(3))
+        cache = RadianceCache(box, CacheConfig(encoding), max_queries=1, max_records=1, device="cpu")
+        kernels = {**cache.kernels(), **{f"field {k}": v for k, v in cache.field.backward_kernels().items()}}
+    return [kernel for kernel in kernels.values() if kernel.module.name != kernel.func.__module__]
+
+
+# Objects whose kernels come from factories, each a function that builds one instance and returns these kernels.
+COMPONENTS: dict[str, Callable[[], list[wp.Kernel]]] = {
+    "RadianceCache hash": lambda: cache_kernels("hash"),
+    "RadianceCache frequency": lambda: cache_kernels("frequency"),
+}
 
 
 def kernels_of(module: ModuleType) -> list[wp.Kernel]:
@@ -33,8 +51,7 @@ def kernel_makers() -> dict[str, Callable[[], list[wp.Kernel]]]:
     makers: dict[str, Callable[[], list[wp.Kernel]]] = {
         name: lambda kernels=kernels: kernels for name, kernels in modules.items() if kernels
     }
-    makers.update({name: lambda make=make: list(make().values()) for name, make in COMPONENTS.items()})
-    return makers
+    return makers | COMPONENTS
 
 
 def compile_to_cubin(kernels: list[wp.Kernel], architecture: int, folder: Path) -> list[Path]:

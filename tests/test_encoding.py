@@ -6,7 +6,7 @@ import reference_learning as reference
 import warp as wp
 
 from nrc.field import parse_encoding
-from nrc.kernels.encoding import make_encode
+from nrc.kernels.encoding import UNIQUE, make_encode, make_encode_backward
 from nrc.kernels.encoding_wide import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode_grid_wide
 
 TOLERANCE = 2e-6  # a few roundings of values of order one
@@ -60,7 +60,7 @@ def encode_rows(encoding, x, params):
     return [out.numpy() for out in outputs]
 
 
-@pytest.mark.parametrize(
+EVERY_ENCODING = pytest.mark.parametrize(
     "config, n_dims",
     [
         ({"otype": "Identity", "scale": 2.0, "offset": -1.0}, 5),
@@ -74,6 +74,9 @@ def encode_rows(encoding, x, params):
         (GRID | {"n_features_per_level": 8, "n_levels": 2}, 4),
     ],
 )
+
+
+@EVERY_ENCODING
 def test_encoding_matches_twin(config, n_dims):
     """Every encoding agrees with NumPy, for one sample and for blocks, at corners of the domain too."""
     encoding = parse_encoding(config, n_dims, 0)
@@ -90,6 +93,71 @@ def test_encoding_matches_twin(config, n_dims):
             assert np.mean(np.abs(code - expected)) < 2e-6
         else:
             np.testing.assert_allclose(code, expected, atol=tolerance)
+
+
+def input_gradient(encoding, x, params, dL_dcode):
+    """dL_dx of the rows of `x` for given gradients of their codes."""
+    encode_backward, n_padded, n_dims = make_encode_backward(encoding), encoding.n_padded, encoding.n_input_dims
+    Code = wp.types.vector(length=n_padded, dtype=float)
+
+    @wp.kernel(module="unique", module_options=UNIQUE)
+    def run(x: wp.array2d[float], params: wp.array[float], dL_dcode: wp.array2d[float], dL_dx: wp.array2d[float]):
+        i = wp.tid()
+        upstream = Code()
+        for k in range(n_padded):
+            upstream[k] = dL_dcode[i, k]
+        gradient = encode_backward(x, i, params, upstream)
+        for d in range(n_dims):
+            dL_dx[i, d] = gradient[d]
+
+    inputs = [wp.array(a, dtype=float, device="cpu") for a in (x, params, dL_dcode)]
+    dL_dx = wp.full(x.shape, wp.nan, dtype=float, device="cpu")
+    wp.launch(run, len(x), inputs=inputs, outputs=[dL_dx], device="cpu")
+    return dL_dx.numpy()
+
+
+@EVERY_ENCODING
+def test_encoding_gradient_matches_finite_differences(config, n_dims):
+    """The inputs' gradient agrees with central differences of the twin, away from kinks, for random upstream."""
+    encoding = parse_encoding(config, n_dims, 0)
+    rng = np.random.default_rng(6)
+    levels = encoding.parts[0].config.levels if encoding.grids else ()
+    # The twin rounds grid positions to single precision, so its steps are long, and exact; waves need short ones
+    step = 2.0**-22
+    if levels:
+        step = 2.0**-13 if levels[-1].scale < 100 else 2.0**-16
+    x = np.round(rng.uniform(0.01, 0.99, (400, n_dims)) * 2**13) / 2**13 + 2.0**-16  # off the waves' turns
+    params = rng.uniform(-1, 1, encoding.n_params).astype(np.float32)
+    dL_dcode = rng.normal(size=(len(x), encoding.n_padded)).astype(np.float32)
+    dL_dx = input_gradient(encoding, x, params, dL_dcode)
+    away = np.ones(x.shape, bool)
+    for level in levels:  # further than a step from a cell's face
+        position = x * level.scale + 0.5
+        away &= np.abs(position - np.round(position)) > 1.01 * step * level.scale
+    expected = np.empty_like(x)
+    for d in range(n_dims):
+        move = step * np.eye(n_dims)[d]
+        change = reference.encode(x + move, config, params) - reference.encode(x - move, config, params)
+        expected[:, d] = (change * dL_dcode).sum(axis=1) / (2 * step)
+    assert away.mean() > 0.7
+    dL_dx, expected = dL_dx[away].astype(np.float64), expected[away]
+    assert np.percentile(np.abs(dL_dx - expected) / np.abs(expected).max(), 99) < 1e-3
+    assert dL_dx @ expected / np.linalg.norm(dL_dx) / np.linalg.norm(expected) > 0.99999
+
+
+def test_grid_gradient_is_zero_where_clamped():
+    """An input outside [0, 1] or NaN does not move the code: no gradient by it, but by the others."""
+    encoding = parse_encoding(GRID, 3, 0)
+    rng = np.random.default_rng(7)
+    params = rng.uniform(-1, 1, encoding.n_params).astype(np.float32)
+    dL_dcode = rng.normal(size=(3, encoding.n_padded)).astype(np.float32)
+    wild = np.array([[-0.1, 0.3, 0.7], [0.3, 1.1, 0.7], [0.3, 0.7, np.nan]], np.float32)
+    tame = np.array([[0.0, 0.3, 0.7], [0.3, 1.0, 0.7], [0.3, 0.7, 0.0]], np.float32)
+    outside = wild != tame
+    gradient = input_gradient(encoding, wild, params, dL_dcode)
+    assert (gradient[outside] == 0.0).all()
+    np.testing.assert_array_equal(gradient[~outside], input_gradient(encoding, tame, params, dL_dcode)[~outside])
+    assert (gradient[~outside] != 0.0).all()
 
 
 def test_composite_places_parts_and_pads_through_last():

@@ -22,7 +22,17 @@ FORBIDDEN = [
     (("nrc.scene", "nrc.image", "nrc.launch", "nrc.assets"), ("nrc.pathtracer", "nrc.cache", "nrc.renderer")),
     (("nrc.launch",), ("nrc.scene", "nrc.image", "nrc.kernels")),
 ]
-CACHE_CONSUMERS = ("nrc", "nrc.cli", "nrc.renderer", "nrc.bench", "nrc.integrations", "nrc.viewer")
+# The renderer, and what is built on it
+CACHE_CONSUMERS = (
+    "nrc",
+    "nrc.bench",
+    "nrc.cli",
+    "nrc.debug_views",
+    "nrc.integrations",
+    "nrc.render_job",
+    "nrc.renderer",
+    "nrc.viewer",
+)
 
 
 def within(module: str, packages: tuple[str, ...]) -> bool:

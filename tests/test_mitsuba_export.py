@@ -78,6 +78,9 @@ BOARD = (
     '<transform name="to_uv"><scale x="3" y="2"/></transform></texture>'
 )
 GOLD = '<string name="material" value="Au"/>'
+PLAIN = (  # the corrections that our normal and bump maps leave out, and name
+    '<boolean name="flip_invalid_normals" value="false"/><boolean name="use_shadowing_function" value="false"/>'
+)
 BSDFS = {
     "diffuse": '<bsdf type="diffuse"><rgb name="reflectance" value="0.1,0.2,0.3"/></bsdf>',
     "diffuse texture": f'<bsdf type="diffuse">{TEXTURE.format("reflectance")}</bsdf>',
@@ -109,8 +112,8 @@ BSDFS = {
     "mask": f'<bsdf type="mask">{RAW.format("opacity")}<bsdf type="diffuse"/></bsdf>',
     "mask number": '<bsdf type="mask"><float name="opacity" value="0.3"/><bsdf type="twosided">'
     '<bsdf type="diffuse"/></bsdf></bsdf>',
-    "normalmap": f'<bsdf type="normalmap">{RAW.format("normalmap")}<bsdf type="roughplastic"/></bsdf>',
-    "bumpmap": f'<bsdf type="bumpmap">{RAW.format("bump")}<float name="scale" value="0.05"/>'
+    "normalmap": f'<bsdf type="normalmap">{PLAIN}{RAW.format("normalmap")}<bsdf type="roughplastic"/></bsdf>',
+    "bumpmap": f'<bsdf type="bumpmap">{PLAIN}{RAW.format("bump")}<float name="scale" value="0.05"/>'
     f'<bsdf type="diffuse"/></bsdf>',
     "null": '<bsdf type="null"/>',
 }
@@ -267,9 +270,11 @@ MATERIALS = {
 
 @pytest.mark.parametrize("name", MATERIALS)
 def test_every_material_renders(name):
-    """The exported square renders finite, non-black and without approximation."""
+    """The exported square renders finite and non-black; only a filtered roughness texture is an approximation."""
     described, approximations = export(quad(MATERIALS[name]))
-    assert approximations == []
+    assert [note.split(": ")[1] for note in approximations] == (
+        ["roughness texture is squared per texel, before its interpolation"] if name == "rough conductor" else []
+    )
     picture = np.array(mi.render(mi.load_dict(described)))
     assert picture.shape == (16, 16, 3) and np.isfinite(picture).all()
     assert picture.max() > 0.01

@@ -24,6 +24,7 @@ from nrc.scene import (
 )
 
 FROM_OURS = np.diag([-1.0, 1.0, -1.0, 1.0])  # Mitsuba's camera has +x left and looks along +z
+_PLAIN_MAPPING = {"flip_invalid_normals": False, "use_shadowing_function": False}  # as ours: no such corrections
 
 
 def to_mitsuba(
@@ -126,12 +127,13 @@ class _Exporter:
         }[material.kind]
         bsdf = build(material, {"type": "mesh_attribute", "name": "vertex_color"} if coloured else None)
         if isinstance(material.normal_texture, Texture):
-            bsdf = {"type": "normalmap", "normalmap": self._normals(material, material.normal_texture), "bsdf": bsdf}
+            normals = self._normals(material, material.normal_texture)
+            bsdf = {"type": "normalmap", "normalmap": normals, "bsdf": bsdf, **_PLAIN_MAPPING}
         elif material.normal_texture is not None:
             self.note(material, "a checkerboard as normal map is left out")
         if material.bump_texture is not None:
             bump = self.scalar(material, material.bump_texture, 1.0)
-            bsdf = {"type": "bumpmap", "height": bump, "scale": material.bump_scale, "bsdf": bsdf}
+            bsdf = {"type": "bumpmap", "height": bump, "scale": material.bump_scale, "bsdf": bsdf, **_PLAIN_MAPPING}
         transmits = material.kind in ("dielectric", "thin_dielectric") or material.transmission > 0.0
         if material.two_sided and not transmits:
             bsdf = {"type": "twosided", "bsdf": bsdf}
@@ -175,6 +177,8 @@ class _Exporter:
         if texture is None and max(material.roughness) == 0.0:
             return {"type": plugin}
         bsdf: dict[str, Any] = {"type": f"rough{plugin}", "distribution": material.distribution}
+        if isinstance(texture, Texture) and texture.filter == "bilinear":
+            self.note(material, "roughness texture is squared per texel, before its interpolation")
         for axis, roughness in zip(("alpha_u", "alpha_v"), material.roughness, strict=True):
             bsdf[axis] = roughness**2 if texture is None else self.scalar(material, texture, roughness, power=2.0)
         return bsdf

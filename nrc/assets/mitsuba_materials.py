@@ -158,17 +158,24 @@ class Materials:
         scale = node.number("scale", 1.0)
         if texture is None or texture.constant() is not None:
             return fields
+        self._warn_of_map_corrections(node)
         return fields | {"bump_texture": self.texture(texture, "scalar"), "bump_scale": scale}
 
     def _normalmap(self, node: Node) -> dict[str, Any]:
         fields = self.convert(self._nested(node)[0])
         texture = self._only_texture(node)
-        for name in ("use_shading_frame", "flip_invalid_normals"):
-            node.ignore(name)
+        node.ignore("use_shading_frame")
         if texture is None or texture.constant() is not None:
             node.warn("a normal map without a bitmap is left out")
             return fields
+        self._warn_of_map_corrections(node)
         return fields | {"normal_texture": self.texture(texture, "colour")}
+
+    @staticmethod
+    def _warn_of_map_corrections(node: Node) -> None:
+        left_out = [name for name in ("flip_invalid_normals", "use_shadowing_function") if node.get(name, True)]
+        if left_out:
+            node.warn(f"used without {' and '.join(left_out)}")
 
     def _blend(self, node: Node) -> dict[str, Any]:
         nested = self._nested(node)

@@ -1,7 +1,8 @@
 """Input encodings: hash grid, triangle wave, one-blob, identity, and their composite.
 
-Each encoding is a frozen config. `make_encode` turns it into a Warp function for one sample and `make_accumulate_grid`
-into the gradient of a grid's table: the CUDA path, and the readable twin of `encoding_wide.py`, the CPU path.
+Each encoding is a frozen config. `make_encode` turns it into a Warp function for one sample, `make_encode_backward`
+into its derivative by the inputs and `make_accumulate_grid` into the gradient of a grid's table: the CUDA path, and the
+readable twin of `encoding_wide.py`, the CPU path.
 
 Inputs live in [0, 1]; grids clamp what lies outside. Semantics, names and defaults are those of tiny-cuda-nn.
 """
@@ -299,6 +300,15 @@ def _make_encode_one_blob(part: Part, Code):
     return encode_one_blob
 
 
+@wp.func
+def grid_coordinate(x: float, scale: float):
+    """Place of input x among a level's vertices."""
+    clamped = 0.0
+    if x > 0.0:  # false for NaN, which must not become an index
+        clamped = wp.min(x, 1.0)
+    return clamped * scale + 0.5
+
+
 @cache
 def make_grid_corner(grid: HashGrid):
     """Function (x row as vector, level, corner) -> (entry within the level, interpolation weight)."""
@@ -318,10 +328,7 @@ def make_grid_corner(grid: HashGrid):
         dense = wp.uint32(0)
         mixed = wp.uint32(0)
         for d in range(n_dims):
-            clamped = 0.0
-            if point[d] > 0.0:  # false for NaN, which must not become an index
-                clamped = wp.min(point[d], 1.0)
-            p = clamped * scales[level] + 0.5
+            p = grid_coordinate(point[d], scales[level])
             cell = wp.floor(p)
             vertex = wp.uint32(cell)
             if ((corner >> d) & 1) == 1:
@@ -380,6 +387,161 @@ _ENCODE = {
     TriangleWave: _make_encode_triangle_wave,
     OneBlob: _make_encode_one_blob,
     HashGrid: _make_encode_grid,
+}
+
+
+# Derivatives by the inputs. At a kink (a triangle wave's turn, a cell's face) they are those of one side.
+
+
+@cache
+def make_encode_backward(encoding: Encoding):
+    """Function (x, i, params, dL_dcode vector of `n_padded`) -> dL_dx of row i, vector of `n_input_dims`."""
+    Code = wp.types.vector(length=encoding.n_padded, dtype=float)
+    Input = wp.types.vector(length=encoding.n_input_dims, dtype=float)
+
+    @wp.func
+    def start(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code):
+        return Input()
+
+    backward = start
+    for part in encoding.parts:
+        backward = _then_backward(backward, _ENCODE_BACKWARD[type(part.config)](part, Code, Input), Code)
+    return backward
+
+
+def _then_backward(head, tail, Code):
+    @wp.func
+    def backward(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code):
+        return tail(x, i, params, dL_dcode, head(x, i, params, dL_dcode))
+
+    return backward
+
+
+def _make_backward_identity(part: Part, Code, Input):
+    n_dims, scale = part.config.n_dims, float(part.config.scale)
+    first_input, first_output = part.first_input, part.first_output
+
+    @wp.func
+    def backward_identity(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
+        g = dL_dx
+        for d in range(n_dims):
+            g[first_input + d] += scale * dL_dcode[first_output + d]
+        return g
+
+    return backward_identity
+
+
+def _make_backward_triangle_wave(part: Part, Code, Input):
+    n_dims, n_frequencies = part.config.n_dims, part.config.n_frequencies
+    first_input, first_output = part.first_input, part.first_output
+
+    @wp.func
+    def backward_triangle_wave(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
+        g = dL_dx
+        for d in range(n_dims):
+            frequency = float(0.5)
+            for k in range(n_frequencies):
+                v = x[i, first_input + d] * frequency + 0.25 * float(k)
+                slope = 4.0 * frequency
+                if v - wp.floor(v) < 0.5:
+                    slope = -slope
+                g[first_input + d] += slope * dL_dcode[first_output + d * n_frequencies + k]
+                frequency = 2.0 * frequency
+        return g
+
+    return backward_triangle_wave
+
+
+@wp.func
+def quartic_pdf(x: float, inv_radius: float):
+    """Derivative of `quartic_cdf` by x."""
+    u = x * inv_radius
+    rest = wp.max(1.0 - u * u, 0.0)
+    return 15.0 / 16.0 * inv_radius * rest * rest
+
+
+@wp.func
+def wrapped_pdf(x: float, inv_radius: float):
+    return quartic_pdf(x, inv_radius) + quartic_pdf(x - 1.0, inv_radius) + quartic_pdf(x + 1.0, inv_radius)
+
+
+def _make_backward_one_blob(part: Part, Code, Input):
+    n_dims, n_bins, wrap = part.config.n_dims, part.config.n_bins, part.config.wrap
+    first_input, first_output = part.first_input, part.first_output
+    inv_radius = float(n_bins)
+
+    @wp.func
+    def backward_one_blob(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
+        g = dL_dx
+        for d in range(n_dims):
+            v = x[i, first_input + d]
+            left = float(0.0)
+            if wp.static(wrap):
+                left = wrapped_pdf(-v, inv_radius)
+            for k in range(n_bins):
+                boundary = float(k + 1) / inv_radius
+                right = float(0.0)
+                if wp.static(wrap):
+                    right = wrapped_pdf(boundary - v, inv_radius)
+                else:
+                    if k < n_bins - 1:
+                        right = quartic_pdf(boundary - v, inv_radius)
+                g[first_input + d] += (left - right) * dL_dcode[first_output + d * n_bins + k]
+                left = right
+        return g
+
+    return backward_one_blob
+
+
+def _make_backward_grid(part: Part, Code, Input):
+    grid = part.config
+    grid_corner = make_grid_corner(grid)
+    n_dims, n_levels, n_features = grid.n_dims, grid.n_levels, grid.n_features_per_level
+    n_corners = 1 << n_dims
+    first_input, first_output, first_param = part.first_input, part.first_output, part.first_param
+    Point = wp.types.vector(length=n_dims, dtype=float)
+    Floats = wp.types.vector(length=n_levels, dtype=float)
+    Ints = wp.types.vector(length=n_levels, dtype=wp.int32)
+    scales = wp.constant(Floats(*[level.scale for level in grid.levels]))
+    first_entries = wp.constant(Ints(*[level.first_entry for level in grid.levels]))
+
+    @wp.func
+    def backward_grid(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
+        g = dL_dx
+        point = Point()
+        for d in range(n_dims):
+            point[d] = x[i, first_input + d]
+        for level in range(n_levels):
+            for corner in range(n_corners):
+                entry, _weight = grid_corner(point, level, corner)
+                at = first_param + (first_entries[level] + entry) * n_features
+                dL_dweight = float(0.0)
+                for f in range(n_features):
+                    dL_dweight += dL_dcode[first_output + level * n_features + f] * params[at + f]
+                for d in range(n_dims):
+                    if point[d] >= 0.0 and point[d] <= 1.0:  # constant where clamped
+                        slope = scales[level]  # of this input's factor of the weight, times the other factors
+                        for e in range(n_dims):
+                            p = grid_coordinate(point[e], scales[level])
+                            fraction = p - wp.floor(p)
+                            if e == d:
+                                if ((corner >> e) & 1) == 0:
+                                    slope = -slope
+                            elif ((corner >> e) & 1) == 1:
+                                slope = slope * fraction
+                            else:
+                                slope = slope * (1.0 - fraction)
+                        g[first_input + d] += slope * dL_dweight
+        return g
+
+    return backward_grid
+
+
+_ENCODE_BACKWARD = {
+    Identity: _make_backward_identity,
+    TriangleWave: _make_backward_triangle_wave,
+    OneBlob: _make_backward_one_blob,
+    HashGrid: _make_backward_grid,
 }
 
 

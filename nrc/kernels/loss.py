@@ -36,6 +36,21 @@ def make_loss(otype: str, n_outputs: int):
     return loss
 
 
+@cache
+def make_given_gradient(n_outputs: int):
+    """Stand-in for a loss whose gradient is known: `y` holds dL/dprediction. Same signature as of `make_loss`."""
+    Output = wp.types.vector(length=n_outputs, dtype=float)
+
+    @wp.func
+    def given_gradient(prediction: Output, y: wp.array2d[float], i: int):
+        gradient = Output()
+        for j in range(n_outputs):
+            gradient[j] = y[i, j]
+        return 0.0, gradient
+
+    return given_gradient
+
+
 def loss_source(otype: str, n_outputs: int) -> str:
     """C++ that adds to `value` and sets `gradient[j]` from `prediction[j]` and `target[j]`."""
     source = "float scale = 1.0f;\n"

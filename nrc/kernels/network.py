@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, make_encode, n_valid_rows
-from .loss import make_loss
+from .encoding import UNIQUE, Encoding, make_encode, make_encode_backward, n_valid_rows
+from .loss import make_given_gradient, make_loss
 
 wp.set_module_options({"enable_backward": False})
 
@@ -147,10 +147,14 @@ def make_infer(encoding: Encoding, network: Network):
 
 
 @cache
-def make_backpropagate(encoding: Encoding, network: Network, loss_otype: str):
-    """Kernel that backpropagates the loss, one thread per sample, and stores what the weight gradients need."""
+def make_backpropagate(encoding: Encoding, network: Network, loss_otype: str | None):
+    """Kernel that backpropagates the loss, one thread per sample, and stores what the weight gradients need.
+
+    Without a loss, `y` holds the gradients of the outputs instead of targets.
+    """
     forward = make_forward(encoding, network)
-    loss = make_loss(loss_otype, network.n_outputs)
+    given = loss_otype is None
+    loss = make_given_gradient(network.n_outputs) if given else make_loss(loss_otype, network.n_outputs)
     _, derivative = make_activation(network.activation)
     _, output_derivative = make_activation(network.output_activation)
     Hidden = wp.types.matrix(shape=(network.n_hidden_layers, network.n_neurons), dtype=float)
@@ -181,7 +185,9 @@ def make_backpropagate(encoding: Encoding, network: Network, loss_otype: str):
         n = n_valid_rows(n_rows, count)
         if i < n:
             code, hidden, output = forward(x, i, params)
-            norm = 1.0 / (float(n) * float(n_outputs))
+            norm = float(1.0)
+            if wp.static(not given):
+                norm = 1.0 / (float(n) * float(n_outputs))
             value, gradient = loss(output, y, i)
             out_loss[i] = value * norm
             for k in range(n_inputs):
@@ -242,6 +248,42 @@ def _make_backward_code(encoding: Encoding, network: Network):
             backward, part.first_output, encoding.gradient_row(part), grid.n_levels, grid.n_features_per_level
         )
     return backward
+
+
+@cache
+def make_backpropagate_input(encoding: Encoding, network: Network):
+    """Kernel that carries the first layer's gradient back to the inputs, one thread per sample."""
+    encode_backward = make_encode_backward(encoding)
+    Code = wp.types.vector(length=network.n_inputs, dtype=float)
+    n_inputs, n_neurons, n_dims = network.n_inputs, network.n_neurons, encoding.n_input_dims
+
+    @wp.kernel(module="unique", module_options=UNIQUE)
+    def backpropagate_input(
+        first: int,
+        # Params
+        params: wp.array[float],
+        # In
+        n_rows: int,
+        count: wp.array[int],  # (1) or empty
+        x: wp.array2d[float],  # (capacity, n_input_dims)
+        dL_dsums: wp.array2d[float],  # (capacity, n_hidden_layers * n_neurons + n_outputs)
+        # In/out
+        dL_dx: wp.array2d[float],  # (capacity, n_input_dims)
+    ):
+        """Add the loss gradient of one row's inputs. One thread per sample."""
+        i = first + wp.tid()
+        if i < n_valid_rows(n_rows, count):
+            dL_dcode = Code()
+            for k in range(n_inputs):
+                sum = float(0.0)
+                for j in range(n_neurons):
+                    sum += dL_dsums[i, j] * params[k * n_neurons + j]
+                dL_dcode[k] = sum
+            gradient = encode_backward(x, i, params, dL_dcode)
+            for d in range(n_dims):
+                dL_dx[i, d] = dL_dx[i, d] + gradient[d]
+
+    return backpropagate_input
 
 
 @cache

@@ -129,6 +129,20 @@ def decide_step(
 
 
 @wp.kernel
+def take_rows(
+    first: int,
+    # In
+    n_rows: int,
+    count: wp.array[int],  # (1) or empty
+    # Out
+    state: wp.array[int],
+):
+    """Set the rows whose gradients count, with no condition on them. A single thread."""
+    state[N_ROWS] = n_valid_rows(n_rows, count)
+    state[GO] = 1
+
+
+@wp.kernel
 def reduce_weight_gradient(
     first: int,
     # Params
@@ -136,10 +150,10 @@ def reduce_weight_gradient(
     # In
     state: wp.array[int],
     chunk_gradient: wp.array2d[float],  # (chunks, n_matrix_params)
-    # Out
+    # In/out
     dL_dparams: wp.array[float],
 ):
-    """Sum the chunks' gradients in order. One thread per block of 8 weights."""
+    """Add the chunks' gradients in order. One thread per block of 8 weights."""
     begin = (first + wp.tid()) * UPDATE_BLOCK
     if state[GO] == 0:
         return
@@ -148,7 +162,7 @@ def reduce_weight_gradient(
         for j in range(UPDATE_BLOCK):
             sum[j] += chunk_gradient[chunk, begin + j]
     for j in range(UPDATE_BLOCK):
-        dL_dparams[begin + j] = sum[j]
+        dL_dparams[begin + j] = dL_dparams[begin + j] + sum[j]
 
 
 @wp.kernel

@@ -27,6 +27,7 @@ LIGHT_ENVIRONMENT = wp.constant(4)
 RAY_EPSILON = wp.constant(8.94e-5)  # 1500 ulp at 1: how far a ray starts off the surface, relative to the coordinates
 SHADOW_EPSILON = wp.constant(8.94e-4)  # relative shortening of shadow rays, so that they stop before the light
 MAX_ALPHA_LAYERS = wp.constant(64)
+BUMP_STEP = wp.constant(1.0 / 16.0)  # [texel]
 
 
 @wp.struct
@@ -115,6 +116,8 @@ class Surface:
     p: wp.vec3
     ng: wp.vec3  # geometric normal, towards the triangle's front
     frame: Frame  # shading frame
+    n: wp.vec3  # shading normal before bump and normal maps
+    is_mapped: int  # whether such a map turned the frame
     bsdf: Bsdf
     emission: wp.vec3  # towards the viewer, zero on a side that does not emit
     two_sided: int
@@ -209,9 +212,7 @@ def emitted_radiance(scene: wp.ref[SceneView], hit: Hit, cos_front: float) -> wp
     emission = scene.materials[m].emission
     texture = scene.materials[m].emission_texture
     if texture >= 0:
-        emission = wp.cw_mul(
-            emission, scene_texture_rgb(scene, texture, hit_uv0(scene, hit), hit_uv1(scene, hit))
-        )
+        emission = wp.cw_mul(emission, scene_texture_rgb(scene, texture, hit_uv0(scene, hit), hit_uv1(scene, hit)))
     return emission
 
 
@@ -240,19 +241,13 @@ def shadow_transmittance(scene: wp.ref[SceneView], o: wp.vec3, d: wp.vec3, t_max
 
 
 @wp.func
-def shading_frame(scene: wp.ref[SceneView], hit: Hit, material: wp.ref[MaterialView], ng: wp.vec3, uv0: wp.vec2, uv1: wp.vec2) -> Frame:
-    """Shading frame at a hit: interpolated normal, tangent along u, then bump or normal map."""
+def shading_frame(
+    scene: wp.ref[SceneView], hit: Hit, material: wp.ref[MaterialView], n: wp.vec3, uv0: wp.vec2, uv1: wp.vec2
+) -> Frame:
+    """Shading frame around the interpolated normal `n`: tangent along u, then bump or normal map."""
     vertices = scene.indices[hit.face]
     attributes = scene.triangle_attributes[hit.face]
     w = 1.0 - hit.u - hit.v
-    n = ng
-    if (attributes & HAS_NORMALS) != 0:
-        n = w * scene.normals[vertices[0]] + hit.u * scene.normals[vertices[1]] + hit.v * scene.normals[vertices[2]]
-        length = wp.length(n)
-        if length > 1.0e-6:
-            n = n / length
-        else:
-            n = ng
     if material.needs_tangent == 0:
         return frame_from_normal(n)
     p0 = scene.positions[vertices[0]]
@@ -278,16 +273,16 @@ def shading_frame(scene: wp.ref[SceneView], hit: Hit, material: wp.ref[MaterialV
         handedness = wp.where(scene.tangents[vertices[0]][3] < 0.0, -1.0, 1.0)
     frame = frame_from_tangent(n, dp_du)
     if material.bump_texture >= 0:
-        # Displaced surface p + h n (Blinn 1978), derivatives of h by differences over one texel.
-        texture = scene.textures[material.bump_texture]
-        step_u = 1.0 / float(wp.max(texture.width, 2))
-        step_v = 1.0 / float(wp.max(texture.height, 2))
-        h = scene_texture(scene, material.bump_texture, uv0, uv1)[0]
-        hu = scene_texture(scene, material.bump_texture, uv0 + wp.vec2(step_u, 0.0), uv1 + wp.vec2(step_u, 0.0))[0]
-        hv = scene_texture(scene, material.bump_texture, uv0 + wp.vec2(0.0, step_v), uv1 + wp.vec2(0.0, step_v))[0]
-        scale = material.bump_scale
-        bu = dp_du + n * (scale * (hu - h) / step_u - wp.dot(n, dp_du))
-        bv = dp_dv + n * (scale * (hv - h) / step_v - wp.dot(n, dp_dv))
+        # Displaced surface p + h n (Blinn 1978), derivatives of h by central differences well inside a texel.
+        i = material.bump_texture
+        step_u = wp.vec2(BUMP_STEP / float(scene.textures[i].width), 0.0)
+        step_v = wp.vec2(0.0, BUMP_STEP / float(scene.textures[i].height))
+        dh_u = scene_texture(scene, i, uv0 + step_u, uv1 + step_u)[0]
+        dh_u -= scene_texture(scene, i, uv0 - step_u, uv1 - step_u)[0]
+        dh_v = scene_texture(scene, i, uv0 + step_v, uv1 + step_v)[0]
+        dh_v -= scene_texture(scene, i, uv0 - step_v, uv1 - step_v)[0]
+        bu = dp_du + n * (material.bump_scale * dh_u / (2.0 * step_u[0]) - wp.dot(n, dp_du))
+        bv = dp_dv + n * (material.bump_scale * dh_v / (2.0 * step_v[1]) - wp.dot(n, dp_dv))
         bumped = wp.cross(bu, bv)
         length = wp.length(bumped)
         if length > 1.0e-12:
@@ -339,6 +334,12 @@ def apply_textures(
 
 
 @wp.func
+def is_consistent(surface: wp.ref[Surface], wi: wp.vec3, cos_mapped: float) -> bool:
+    """Whether `wi` lies on the same side of the surface before and after its normal was mapped; else no light flows."""
+    return surface.is_mapped == 0 or wp.dot(surface.n, wi) * cos_mapped > 0.0
+
+
+@wp.func
 def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref[Surface]):
     """Fill `surface` with everything the integrator needs at a hit of a ray with direction `d`."""
     vertices = scene.indices[hit.face]
@@ -357,6 +358,17 @@ def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref
         uv0 = hit_uv0(scene, hit)
         uv1 = hit_uv1(scene, hit)
         apply_textures(scene, hit, scene.materials[m], uv0, uv1, surface.bsdf)
-    surface.frame = shading_frame(scene, hit, scene.materials[m], surface.ng, uv0, uv1)
+    n = surface.ng
+    if (scene.triangle_attributes[hit.face] & HAS_NORMALS) != 0:
+        w = 1.0 - hit.u - hit.v
+        n = w * scene.normals[vertices[0]] + hit.u * scene.normals[vertices[1]] + hit.v * scene.normals[vertices[2]]
+        length = wp.length(n)
+        if length > 1.0e-6:
+            n = n / length
+        else:
+            n = surface.ng
+    surface.n = n
+    surface.is_mapped = wp.max(scene.materials[m].normal_texture, scene.materials[m].bump_texture) + 1
+    surface.frame = shading_frame(scene, hit, scene.materials[m], n, uv0, uv1)
     if scene.triangle_light[hit.face] >= 0:
         surface.emission = emitted_radiance(scene, hit, -wp.dot(surface.ng, d))

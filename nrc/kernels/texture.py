@@ -49,7 +49,9 @@ def _wrap(i: int, n: int, mode: int) -> int:
 
 
 @wp.func
-def _texel(view: wp.ref[TextureView], texels: wp.array[wp.uint32], srgb_to_linear: wp.array[float], x: int, y: int) -> wp.vec4:
+def _texel(
+    view: wp.ref[TextureView], texels: wp.array[wp.uint32], srgb_to_linear: wp.array[float], x: int, y: int
+) -> wp.vec4:
     """Linear RGBA of one texel."""
     i = _wrap(y, view.height, view.wrap_v) * view.width + _wrap(x, view.width, view.wrap_u)
     if view.kind == TEXTURE_FLOAT:

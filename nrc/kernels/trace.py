@@ -1,12 +1,12 @@
 """The path tracing megakernel: camera rays to radiance, cache queries and training records.
 
 One path per pixel and frame, with next-event estimation, multiple importance sampling (balance heuristic) and Russian
-roulette. A path that ends in the cache leaves a query record. Training paths go on behind it and leave a record for every
-vertex, with the coefficients (A, B) of the target's recursion T_i = A_i + B_i T_{i+1}, to be gathered backwards once the
-value at the end of the suffix is known (Müller et al. 2021, section 3).
+roulette. A path that ends in the cache leaves a query record. Training paths go on behind it and leave a record for
+every vertex, with the coefficients (A, B) of the target's recursion T_i = A_i + B_i T_{i+1}, to be gathered backwards
+once the value at the end of the suffix is known (Müller et al. 2021, section 3).
 
-Whatever happens at a vertex that gets no record of its own (a delta bounce, or one beyond the record capacity) is folded
-into the record before it: that record's A collects the radiance, its B the throughput, until the next record opens.
+Whatever happens at a vertex that gets no record of its own (a delta bounce, or one beyond the record capacity) is
+folded into the record before it: that record's A collects the radiance, its B the throughput, until the next opens.
 """
 
 import warp as wp
@@ -35,6 +35,7 @@ from nrc.kernels.scene import (
     Surface,
     find_surface,
     hit_opacity,
+    is_consistent,
     offset_origin,
     shadow_transmittance,
     triangle_normal,
@@ -309,7 +310,7 @@ def trace_paths(
                 wi_local = wp.vec3(wi_local[0], wi_local[1], flip * wi_local[2])
                 f_pdf = bsdf_eval_pdf(surface.bsdf, wo_local, wi_local)
                 f = wp.vec3(f_pdf[0], f_pdf[1], f_pdf[2])
-                if max_component(f) > 0.0:
+                if max_component(f) > 0.0 and is_consistent(surface, light.wi, flip * wi_local[2]):
                     origin = offset_origin(surface.p, surface.ng, light.wi)
                     to_light = surface.p + light.distance * light.wi - origin
                     length = wp.length(to_light)
@@ -334,6 +335,8 @@ def trace_paths(
         if max_component(bounce.weight) <= 0.0:
             break
         d = wp.normalize(to_world(surface.frame, wp.vec3(bounce.wi[0], bounce.wi[1], flip * bounce.wi[2])))
+        if not is_consistent(surface, d, flip * bounce.wi[2]):
+            break
         pdf = bounce.pdf
         delta = bounce.delta
         eta *= bounce.eta
