@@ -265,7 +265,7 @@ class RadianceCache:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything `load_state` needs to go on as if nothing had happened: weights, moments, averages, counters."""
-        return {name: array.numpy() for name, array in self._arrays().items()}
+        return {name: array.numpy().copy() for name, array in self._arrays().items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from `state` of a cache with the same configuration."""

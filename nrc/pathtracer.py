@@ -31,6 +31,7 @@ class PathTracerConfig:
         rr_depth: Edges after which Russian roulette may end a path.
         spread_threshold: c of the termination test a > c a_0.
         max_records: Training records per path at most; longer paths go on unrecorded.
+        continuation: Probability that a training suffix goes on where its footprint would let it end in the cache.
         unbiased_fraction: Fraction of training paths that end by Russian roulette alone. More than the paper's 1/16,
             because a picture accumulated from an untrained cache needs light to travel in few frames.
         seed: Same seed, same picture.
@@ -41,6 +42,7 @@ class PathTracerConfig:
     rr_depth: int = 5
     spread_threshold: float = 0.01
     max_records: int = 8
+    continuation: float = 0.5
     unbiased_fraction: float = 0.2
     seed: int = 0
 
@@ -142,6 +144,7 @@ class PathTracer:
         self._params.rr_depth = config.rr_depth
         self._params.spread_threshold = config.spread_threshold
         self._params.max_records = config.max_records
+        self._params.continuation = config.continuation
         self._params.unbiased_fraction = config.unbiased_fraction
         self._params.box_lower = wp.vec3(*(np.asarray(lower, float) - margin))
         self._params.box_upper = wp.vec3(*(np.asarray(upper, float) + margin))
@@ -180,8 +183,13 @@ class PathTracer:
         Args:
             frame: Number of the frame, which selects its random numbers.
             n_training_paths: About how many paths also collect training records.
-            integrator: For this frame instead of the configured one; "path" cannot become one with a cache.
+            integrator: "nrc" or "cache" for this frame instead of the other one.
+
+        Raises:
+            ValueError: The tracer was made for "path" and shall use a cache, or the other way round.
         """
+        if integrator is not None and (integrator == "path") != (self.config.integrator == "path"):
+            raise ValueError(f"this tracer was made for {self.config.integrator!r} and cannot trace {integrator!r}")
         params = self._params
         params.integrator = _INTEGRATORS[integrator or self.config.integrator]
         params.frame = frame

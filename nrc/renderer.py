@@ -19,8 +19,8 @@ from nrc.launch import launch, prepare
 from nrc.pathtracer import PathTracer, PathTracerConfig
 from nrc.scene import Scene
 
-# A picture that is accumulated from an untrained cache counts its first frames less: they are the darkest, since light
-# travels a few bounces per frame through self-training.
+# A picture that is accumulated from an untrained cache counts the cache's first answers less: they are the darkest,
+# since light travels a few bounces per frame through self-training.
 SETTLING_FRAMES = 128
 STAGES = ("trace", "query", "tails", "train", "film")
 
@@ -77,6 +77,7 @@ class Renderer:
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.n_records = 0
         self._n_timed = 0
+        self._cache_age = 0  # frames that trained it since it was empty
         self._records_per_path = 4.0  # running estimate that sizes the training tiles
 
     def prepare(self) -> float:
@@ -99,8 +100,9 @@ class Renderer:
             with self._stage("query"):
                 radiance = cache.query(tracer.queries, tracer.n_queries)
         with self._stage("film"):
-            self.film.add(radiance, weight=self._frame_weight())
+            self.film.add(radiance, cache_weight=self._cache_weight())
         self.frame_index += 1
+        self._cache_age += int(n_paths > 0)
         self._n_timed += 1
 
     def n_training_paths(self) -> int:
@@ -122,6 +124,12 @@ class Renderer:
         """Clear the film; the cache keeps what it learned."""
         self.film.clear()
 
+    def reset_cache(self) -> None:
+        """Empty the cache; the film keeps its frames."""
+        if self.cache is not None:
+            self.cache.reset()
+            self._cache_age = 0
+
     def state(self) -> dict[str, np.ndarray]:
         """Everything `load_state` needs to render on as if nothing had happened."""
         parts: dict[str, Any] = {"film": self.film}
@@ -129,6 +137,7 @@ class Renderer:
             parts["cache"] = self.cache
         state = {f"{part}.{name}": value for part, owner in parts.items() for name, value in owner.state().items()}
         state["frame_index"] = np.array([self.frame_index])
+        state["cache_age"] = np.array([self._cache_age])
         state["records_per_path"] = np.array([self._records_per_path])
         return state
 
@@ -140,6 +149,7 @@ class Renderer:
         for part, owner in parts.items():
             owner.load_state({name.removeprefix(f"{part}."): value for name, value in state.items()})
         self.frame_index = int(state["frame_index"][0])
+        self._cache_age = int(state["cache_age"][0])
         self._records_per_path = float(state["records_per_path"][0])
 
     def aovs(self) -> dict[str, np.ndarray]:
@@ -164,11 +174,9 @@ class Renderer:
         layers = {name: array.numpy() for name, array in arrays.items()}
         return {name: value.reshape(*shape, *value.shape[1:]).astype(np.float32) for name, value in layers.items()}
 
-    def _frame_weight(self) -> float:
-        """Weight of this frame in the picture: rises while a cache that started empty settles."""
-        if self.cache is None:
-            return 1.0
-        return min(1.0, (self.frame_index + 1) / SETTLING_FRAMES)
+    def _cache_weight(self) -> float:
+        """Weight of this frame's cache answers in the picture: rises while a cache that started empty settles."""
+        return min(1.0, (self._cache_age + 1) / SETTLING_FRAMES)
 
     def _train_cache(self, cache: RadianceCache) -> None:
         tracer = self.tracer

@@ -2,7 +2,7 @@
 
 import warp as wp
 
-from nrc.kernels.sampling import is_finite3
+from nrc.kernels.sampling import is_finite3, max_component
 
 wp.set_module_options({"enable_backward": False})
 
@@ -16,11 +16,17 @@ def add_compensated(sums: wp.array[wp.vec3], errors: wp.array[wp.vec3], i: int, 
     sums[i] = total
 
 
+@wp.func
+def is_valid(c: wp.vec3) -> bool:
+    """Finite and nowhere negative."""
+    return is_finite3(c) and wp.min(c[0], wp.min(c[1], c[2])) >= 0.0
+
+
 @wp.kernel
 def accumulate(
     first: int,
     # Params
-    weight: float,  # of this frame
+    cache_weight: float,  # of this frame's cache values among those of all frames
     clamp: float,  # largest component a frame may add to a pixel, 0 for none
     # In
     radiance: wp.array[wp.vec3],  # (pixels,)
@@ -31,25 +37,39 @@ def accumulate(
     # In/out
     sums: wp.array[wp.vec3],  # (pixels,)
     errors: wp.array[wp.vec3],  # (pixels,)
+    cache_sums: wp.array[wp.vec3],  # (pixels,) as query_vertex
+    cache_errors: wp.array[wp.vec3],
     clamped: wp.array[wp.vec3],  # (pixels,) radiance removed by the clamp
     n_invalid: wp.array[int],  # (pixels,)
     # Out
     out_frame: wp.array[wp.vec3],  # (pixels,) this frame alone
 ):
-    """Finish a frame's pixel and add it to the film with its weight. One thread per pixel."""
+    """Finish a frame's pixel and add what its path found, and what the cache answered, to the film.
+
+    The two are averaged apart: their expectations add up, and frames of a cache that still learns can count less. One
+    thread per pixel.
+    """
     i = first + wp.tid()
-    value = radiance[i]
+    found = radiance[i]
+    cached = wp.vec3(0.0, 0.0, 0.0)
+    has_query = bool(False)
     if query_vertex.shape[0] == radiance.shape[0]:
-        if query_vertex[i] > 0:
-            row = query_place[i]
-            cached = wp.vec3(cache_radiance[row, 0], cache_radiance[row, 1], cache_radiance[row, 2])
-            value += wp.cw_mul(query_weight[i], cached)
-    if not is_finite3(value) or wp.min(value[0], wp.min(value[1], value[2])) < 0.0:
+        has_query = query_vertex[i] > 0
+    if has_query:
+        row = query_place[i]
+        answer = wp.vec3(cache_radiance[row, 0], cache_radiance[row, 1], cache_radiance[row, 2])
+        cached = wp.cw_mul(query_weight[i], answer)
+    if not is_valid(found) or not is_valid(cached):
         n_invalid[i] = n_invalid[i] + 1
-        value = wp.vec3(0.0, 0.0, 0.0)
+        found = wp.vec3(0.0, 0.0, 0.0)
+        cached = found
     if clamp > 0.0:
-        limited = wp.vec3(wp.min(value[0], clamp), wp.min(value[1], clamp), wp.min(value[2], clamp))
-        clamped[i] = clamped[i] + weight * (value - limited)
-        value = limited
-    out_frame[i] = value
-    add_compensated(sums, errors, i, weight * value)
+        excess = max_component(found + cached) / clamp
+        if excess > 1.0:
+            clamped[i] = clamped[i] + (found + cached) * (1.0 - 1.0 / excess)
+            found = found / excess
+            cached = cached / excess
+    out_frame[i] = found + cached
+    add_compensated(sums, errors, i, found)
+    if has_query:
+        add_compensated(cache_sums, cache_errors, i, cache_weight * cached)

@@ -70,6 +70,7 @@ class TraceParams:
     tile_offset_x: int  # [px], which pixel of each tile trains in this frame
     tile_offset_y: int
     max_records: int  # per training path
+    continuation: float  # probability that a training suffix goes on where it could end in the cache
     unbiased_fraction: float  # of training paths that end by Russian roulette alone
 
 
@@ -273,9 +274,12 @@ def trace_paths(
                     eta = float(1.0)
                     roulette_start = vertex
             elif wide and unbiased == 0:
-                write_record(out_training.tail, slot, surface, wo, wo_local)
-                tail = 1
-                break
+                rng = rng_next(rng)
+                if rng_float(rng) >= params.continuation:
+                    write_record(out_training.tail, slot, surface, wo, wo_local)
+                    tail = 1
+                    break
+                spread = float(0.0)
 
         # Russian roulette.
         if vertex - roulette_start >= params.rr_depth:
