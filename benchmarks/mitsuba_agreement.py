@@ -4,8 +4,8 @@
     python benchmarks/mitsuba_agreement.py scene.xml --json
 
 Both render independent batches of the scene as this package reads it (`to_mitsuba` exports it), with the same depth and
-roulette. Two renderers that agree have |t| <= 3.5 in 99.9 % of all channels. An XML file can be rendered by Mitsuba as it
-is (--original), which then tests the reader too: film size, reconstruction filter and integrator are still ours.
+roulette. Two renderers that agree have |t| <= 3.5 in 99.9 % of all channels. An XML file can be rendered by Mitsuba as
+it is (--original), which then tests the reader too: film size, reconstruction filter and integrator are still ours.
 """
 
 from __future__ import annotations

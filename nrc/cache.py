@@ -25,7 +25,6 @@ class CacheConfig:
         n_levels, n_features_per_level, log2_hashmap_size, base_resolution, per_level_scale: Hash grid, tiny-cuda-nn's
             names.
         n_neurons, n_hidden_layers: Network; None for the number of layers means 2 with "hash" and 5 with "frequency".
-        beta2: Adam's; heavy-tailed targets need a longer memory than 0.99, or the rare bright ones count too little.
         learning_rate: Adam's; None means 1e-2 with "hash" and 2e-3 with "frequency".
         ema_decay: Of the weights that answer rendering queries.
         batch_size, n_batches: Records per optimizer step, and steps per call of `train`. None for the batch size means
@@ -37,13 +36,13 @@ class CacheConfig:
     encoding: Literal["hash", "frequency"] = "hash"
     n_levels: int = 8
     n_features_per_level: int = 4
-    log2_hashmap_size: int = 15
+    log2_hashmap_size: int = 14
     base_resolution: int = 16
     per_level_scale: float = 2.0
     n_neurons: int = 64
     n_hidden_layers: int | None = None
     learning_rate: float | None = None
-    beta2: float = 0.999
+    beta2: float = 0.99
     ema_decay: float = 0.99
     batch_size: int | None = None
     n_batches: int = 4

@@ -13,7 +13,7 @@ from .kernels import encoding as enc
 from .kernels import encoding_wide, network_wide
 from .kernels import network as net
 from .kernels import optimizer as opt
-from .launch import launch, resolve_device, threads
+from .launch import heavy_range, launch, resolve_device
 
 SLICE_ROWS = 65536  # rows the CPU evaluates at once; their grid features are kept between two launches
 BACKWARD_CHUNK = 256  # rows whose weight gradients `backward` sums in one go; fixed, so that results are too
@@ -279,11 +279,6 @@ class Field:
 def wide(device: wp.Device) -> bool:
     """Whether `device` runs the kernels written for a CPU's vector registers, else one thread per sample."""
     return device.is_cpu
-
-
-def heavy_range(n: int) -> int:
-    """Indices per CPU launch where each index is much work: four launches per thread even out their differences."""
-    return max(1, n // (4 * threads()))
 
 
 def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> enc.Encoding:

@@ -27,9 +27,8 @@ from typing import Any
 
 import warp as wp
 
-RANGES_PER_THREAD = 8  # enough pieces that an uneven image still keeps every core busy
 BLOCK_DIM = 256  # CUDA threads per block
-MIN_RANGE = 256  # below this the launch overhead outweighs the work of one range
+MIN_RANGE = 2048  # of a cheap kernel's indices, below which starting a range costs more than its work
 
 _pool: ThreadPoolExecutor | None = None
 _n_threads = 0
@@ -79,7 +78,8 @@ def launch(
         kernel: One-dimensional kernel whose first parameter is `first: int`.
         n: Number of indices.
         inputs, outputs: The kernel's other parameters in order.
-        range_size: CPU only. Indices per range; 1 for kernels whose index is already a block of work.
+        range_size: CPU only. Indices per range: `heavy_range(n)` where each index is much work, 1 where it is a block
+            of work; by default as many ranges as threads.
     """
     if n <= 0:
         return
@@ -88,7 +88,7 @@ def launch(
         return
     n_threads = threads()
     if range_size is None:
-        range_size = max(MIN_RANGE, -(-n // (RANGES_PER_THREAD * n_threads)))
+        range_size = max(MIN_RANGE, -(-n // n_threads))
     if n_threads == 1 or n <= range_size:
         wp.launch(kernel, dim=n, inputs=[0, *inputs], outputs=list(outputs), device=device)
         return
@@ -101,6 +101,11 @@ def launch(
 
     for future in [_executor().submit(run, first) for first in range(0, n, range_size)]:
         future.result()
+
+
+def heavy_range(n: int) -> int:
+    """Indices per CPU range where each index is much work: several ranges per thread even out their differences."""
+    return max(1, n // (8 * threads()))
 
 
 def prepare(kernels: Mapping[str, wp.Kernel], device: wp.Device, report: Callable[[str], None] | None = None) -> float:

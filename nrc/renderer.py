@@ -15,7 +15,7 @@ from nrc.device_scene import DeviceScene
 from nrc.film import Film
 from nrc.kernels import aov as ka
 from nrc.kernels import film as kf
-from nrc.launch import launch, prepare
+from nrc.launch import heavy_range, launch, prepare
 from nrc.pathtracer import PathTracer, PathTracerConfig
 from nrc.scene import Scene
 
@@ -170,6 +170,7 @@ class Renderer:
             inputs=[self.scene.view, tracer.camera],
             outputs=list(arrays.values()),
             device=self.device,
+            range_size=heavy_range(n),
         )
         layers = {name: array.numpy() for name, array in arrays.items()}
         return {name: value.reshape(*shape, *value.shape[1:]).astype(np.float32) for name, value in layers.items()}

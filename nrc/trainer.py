@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from .field import Field, check_count, check_rows, heavy_range, one_of, otype_of, parse_options
+from .field import Field, check_count, check_rows, one_of, otype_of, parse_options
 from .kernels import encoding as enc
 from .kernels import loss as losses
 from .kernels import network as net
 from .kernels import network_wide
 from .kernels import optimizer as opt
-from .launch import launch, threads
+from .launch import heavy_range, launch, threads
 
 MIN_CHUNK, MAX_CHUNK = 64, 256  # rows that share a weight-gradient block; fixed by batch_size, so results are too
 

@@ -8,7 +8,7 @@ from nrc.scene import Scene
 
 
 def closest(triangles: np.ndarray, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (infinite for none) and index of the closest of (m, 3, 3) triangles, by brute force (Möller & Trumbore)."""
+    """Distance (infinite for none) and index of the closest of (m, 3, 3) triangles (Möller & Trumbore 1997)."""
     best, index = np.full(len(o), np.inf), np.full(len(o), -1)
     for i, (a, b, c) in enumerate(triangles):
         e1, e2 = b - a, c - a

@@ -52,7 +52,7 @@ def moved(translate: Vec3 = (0, 0, 0), scale: float = 1.0) -> np.ndarray:
 
 
 def furnace(material: Material | None = None, *, n_theta: int = 24) -> Scene:
-    """The inside of a closed sphere around the camera; Kd = Le = 0.5 unless said otherwise, so that L = 1 everywhere."""
+    """The inside of a closed sphere; Kd = Le = 0.5 unless said otherwise, so that L = 1 everywhere."""
     material = material or Material(base_color=(0.5, 0.5, 0.5), emission=(0.5, 0.5, 0.5))
     mesh = shape(shapes.sphere(n_theta, 2 * n_theta), 0, flip=True, flat=True)
     return Scene((mesh,), (material,), Camera.look_at((0.2, 0.1, 0.3), (0, 0, -1), fov=60.0))
@@ -65,7 +65,9 @@ def in_white(material: Material, *, flat: bool = False) -> Scene:
     return Scene((mesh,), (material,), camera, environment=Environment.constant((1.0, 1.0, 1.0)))
 
 
-def looking_down(*meshes: Mesh, materials: tuple[Material, ...], height: float = 3.0, fov: float = 1.0, **rest: Any) -> Scene:
+def looking_down(
+    *meshes: Mesh, materials: tuple[Material, ...], height: float = 3.0, fov: float = 1.0, **rest: Any
+) -> Scene:
     """Scene seen from above by a camera that sees almost only the origin."""
     camera = Camera.look_at((0, height, 0), (0, 0, 0), up=(0, 0, -1), fov=fov)
     return Scene(meshes, materials, camera, **rest)
@@ -103,7 +105,7 @@ def mean_and_error(samples: np.ndarray) -> tuple[float, float]:
 
 
 def welch_t(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Welch's t of the means along axis 0; 0 where both are constant and equal to rounding, infinite where not equal."""
+    """Welch's t of the means along axis 0; 0 where equal to rounding, infinite where constant and not equal."""
     difference = a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)
     variance = a.var(axis=0, ddof=1, dtype=np.float64) / len(a) + b.var(axis=0, ddof=1, dtype=np.float64) / len(b)
     rounding = 1e-4 * np.abs(a.mean(axis=0, dtype=np.float64)) + 1e-7  # float32 sums in two programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_permutation_is_random():
         assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 4.5 / math.sqrt(n)
         first_half = np.mean(a[: n // 2] < n // 2)
         assert abs(first_half - 0.5) < 4.5 * 0.5 / math.sqrt(n // 2)
-    for a, b in zip(p[:-1], p[1:], strict=True):
+    for a, b in itertools.pairwise(p):
         assert np.mean(a == b) < 0.01
 
 
@@ -353,7 +354,9 @@ def test_average_follows_slowly():
     records = records_of(arrays)
     for _ in range(10):
         cache.train(records, vectors(4.0 * reflectance(arrays)))
-    shown, primary = (np.mean(f(records).numpy()[:256] / reflectance(arrays)) for f in (cache.query, cache.query_primary))
+    shown, primary = (
+        np.mean(f(records).numpy()[:256] / reflectance(arrays)) for f in (cache.query, cache.query_primary)
+    )
     assert 1.0 < shown < primary < 5.0
 
 
@@ -454,7 +457,8 @@ def test_seed_decides_the_weights():
 
 
 @pytest.mark.parametrize(
-    "options", [{"encoding": "octree"}, {"batch_size": 0}, {"n_batches": 0}, {"radiance_scale": 0.0}, {"radiance_scale": -1.0}]
+    "options",
+    [{"encoding": "octree"}, {"batch_size": 0}, {"n_batches": 0}, {"radiance_scale": 0.0}, {"radiance_scale": -1.0}],
 )
 def test_config_rejects(options):
     """Each wrong setting is named in the message."""

@@ -66,7 +66,18 @@ def test_render_with_reference_prints_the_figures(capsys):
     """relMSE, PSNR, mean bias, seconds, samples; the size is the reference's; against itself there is no difference."""
     run(capsys, "render", "--integrator", "path", *SMALL, "--out", "a.exr")
     result = run(
-        capsys, "render", "--integrator", "path", "--spp", 2, "--device", "cpu", "--out", "b.exr", "--reference", "a.exr"
+        capsys,
+        "render",
+        "--integrator",
+        "path",
+        "--spp",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        "b.exr",
+        "--reference",
+        "a.exr",
     )
     assert (result["width"], result["height"]) == (12, 10)
     assert result["relmse"] == 0.0 and result["mean_bias"] == 0.0 and result["psnr"] is None  # infinite
@@ -105,7 +116,9 @@ def test_render_adds_layers(capsys):
 
 def test_render_keeps_the_aspect_ratio(capsys):
     """One side alone scales the scene's other one."""
-    result = run(capsys, "render", "textured_court", "--width", 16, "--spp", 1, "--integrator", "path", "--device", "cpu")
+    result = run(
+        capsys, "render", "textured_court", "--width", 16, "--spp", 1, "--integrator", "path", "--device", "cpu"
+    )
     from nrc import assets
 
     settings = assets.load("textured_court").settings
@@ -251,7 +264,18 @@ def test_bench_cache_compares_for_equal_time(capsys):
     """Both pictures, their relMSE and ratio, stages and records."""
     run(capsys, "render", "--integrator", "path", *SMALL, "--spp", 64, "--out", "r.exr")
     result = run(
-        capsys, "bench", "cache", "cornell_box", "--seconds", 0.5, "--reference", "r.exr", "--out", "d", "--device", "cpu"
+        capsys,
+        "bench",
+        "cache",
+        "cornell_box",
+        "--seconds",
+        0.5,
+        "--reference",
+        "r.exr",
+        "--out",
+        "d",
+        "--device",
+        "cpu",
     )
     assert result["ratio"] == pytest.approx(result["path"]["relmse"] / result["nrc"]["relmse"])
     assert abs(result["nrc"]["mean_bias"]) < 1.0 and result["nrc"]["records_per_frame"] > 0

@@ -284,7 +284,7 @@ def sky_scene(environment: Environment, *lights) -> DeviceScene:
 
 @pytest.mark.parametrize("environment", [uneven_sky(), Environment.constant((1.0, 2.0, 3.0))], ids=["map", "constant"])
 def test_environment_sampling_follows_its_density(environment):
-    """χ² of sampled directions over solid angle against `light_pdf_environment`, whose integral is the selection's pmf."""
+    """χ² of sampled directions against `light_pdf_environment`, whose integral is the selection's probability."""
     scene = sky_scene(environment, PointLight((0, 1, 0), (1, 1, 1)))
     pmf = float(scene.view.light_pmf.numpy()[-1])
     assert 0.01 < pmf < 0.999
@@ -327,7 +327,7 @@ def test_black_environment_selects_nothing():
 
 
 def test_triangle_light_sampling_follows_its_density():
-    """Points on two lamps of unequal power: uniform on each, chosen by power, and the reported density is the true one."""
+    """Two lamps of unequal power: chosen by power, uniform on each, and the reported density is the true one."""
     lamp = Material(emission=(2.0, 2.0, 2.0))
     bright = Material(emission=(6.0, 6.0, 6.0))
     corners = np.array([(-2, 1, 0), (-1, 1, 0), (-2, 1, 1), (1, 1, 0), (3, 1, 0), (1, 1, 1)], np.float32)
@@ -469,7 +469,7 @@ def test_irradiance_of_an_environment_map():
 
 
 def rectangle_form_factor(a: float, b: float) -> float:
-    """From an element to a parallel rectangle a × b at distance 1 with a corner above it (Howell, configuration B-3)."""
+    """From an element to a parallel rectangle a × b at distance 1, a corner above it (Howell's configuration B-3)."""
     f = a / math.sqrt(1 + a * a) * math.atan(b / math.sqrt(1 + a * a))
     f += b / math.sqrt(1 + b * b) * math.atan(a / math.sqrt(1 + b * b))
     return f / (2.0 * math.pi)
@@ -487,7 +487,9 @@ def test_irradiance_of_a_rectangle():
     assert_radiance(scene, 0.5 * form * 4.0)
 
 
-@pytest.mark.parametrize(("front_up", "two_sided", "share"), [(False, False, 1.0), (True, False, 0.0), (True, True, 1.0)])
+@pytest.mark.parametrize(
+    ("front_up", "two_sided", "share"), [(False, False, 1.0), (True, False, 0.0), (True, True, 1.0)]
+)
 def test_irradiance_of_an_emissive_triangle(front_up, two_sided, share):
     """Lambert's polygon formula; the back emits only if the material says so."""
     corners = np.array([(-0.3, 0.5, -0.2), (0.5, 0.6, 0.0), (0.0, 0.4, 0.5)])

@@ -95,8 +95,8 @@ LOSSY = {
 def test_furnace_of_lossless_materials(name):
     """In light of the same radiance from everywhere a surface that absorbs nothing is invisible.
 
-    Flat facets: with interpolated normals a few reflections go below the facet and are lost. Late roulette: light that is
-    caught in the glass for hundreds of bounces comes out of few paths with large weights.
+    Flat facets: with interpolated normals a few reflections go below the facet and are lost. Late roulette: light that
+    is caught in the glass for hundreds of bounces comes out of few paths with large weights.
     """
     batches = render_batches(in_white(LOSSLESS[name], flat=True), 16, 16, 16, 32, rr_depth=1000)
     mean, error = mean_and_error(batches)
@@ -178,6 +178,10 @@ def test_thin_lens_blurs_to_a_disk_of_the_right_size():
         {"spread_threshold": -1.0},
         {"spread_threshold": math.nan},
         {"max_records": 0},
+        {"continuation": -0.1},
+        {"continuation": 1.5},
+        {"unbiased_fraction": -0.1},
+        {"unbiased_fraction": 1.1},
     ],
 )
 def test_config_rejects(options):
@@ -196,7 +200,9 @@ def test_size_must_be_positive():
 @pytest.mark.parametrize("n_paths", [1, 7, 64, 10_000])
 def test_tiles_cover_the_picture_within_the_budget(size, n_paths):
     """No more tiles than training paths, and no pixel outside them."""
-    tracer = PathTracer(DeviceScene(furnace(n_theta=4), "cpu"), *size, config(integrator="nrc"), max_training_paths=4000)
+    tracer = PathTracer(
+        DeviceScene(furnace(n_theta=4), "cpu"), *size, config(integrator="nrc"), max_training_paths=4000
+    )
     tile_width, tile_height = tracer.tile_size(n_paths)
     assert 1 <= tile_width <= size[0] and 1 <= tile_height <= size[1]
     n_tiles = -(-size[0] // tile_width) * -(-size[1] // tile_height)
@@ -265,7 +271,9 @@ def test_cache_mode_asks_the_first_vertex():
     queries = queries_of(tracer)
     assert np.allclose(queries["normal"], [0, 1, 0], atol=1e-6)
     assert np.allclose(queries["position"][:, 1], 0.0, atol=1e-6)
-    assert (queries["roughness"] == 1.0).all() and (queries["diffuse"] == 0.5).all() and (queries["specular"] == 0).all()
+    assert (
+        (queries["roughness"] == 1.0).all() and (queries["diffuse"] == 0.5).all() and (queries["specular"] == 0).all()
+    )
 
 
 @pytest.mark.parametrize("integrator", ["nrc", "cache"])
@@ -361,9 +369,7 @@ def test_targets_match_twin():
         (tracer._staged_records.position, position),
     ):
         array.assign(values)
-    tracer._compact(
-        tracer._staged_tails, staged.has_tail, tracer._tail_place, tracer.tails, tracer.n_tails
-    )
+    tracer._compact(tracer._staged_tails, staged.has_tail, tracer._tail_place, tracer.tails, tracer.n_tails)
     assert int(tracer.n_tails.numpy()[0]) == has_tail.sum()
     tails = rng.random((n_slots, 3)).astype(np.float32)
     tails[has_tail.sum() :] = np.nan  # must not be read
@@ -399,10 +405,11 @@ def test_targets_match_twin():
     ("options", "tail"),
     [
         ({"unbiased_fraction": 1.0}, math.nan),
-        ({"unbiased_fraction": 0.0}, 0.5),
+        ({"unbiased_fraction": 0.0, "continuation": 0.0}, 0.5),
+        ({"unbiased_fraction": 0.1, "continuation": 0.7}, 0.5),
         ({"unbiased_fraction": 0.5, "max_records": 2, "rr_depth": 2}, 0.5),
     ],
-    ids=["roulette", "perfect-tail", "few-records"],
+    ids=["roulette", "perfect-tail", "continued", "few-records"],
 )
 def test_targets_are_unbiased_in_the_furnace(integrator, options, tail):
     """Scattered radiance is ρ L = 0.5 at every vertex, whether roulette or a perfect cache ends the suffix."""
@@ -422,7 +429,7 @@ def test_targets_are_unbiased_in_the_furnace(integrator, options, tail):
 
 
 def test_direct_light_enters_once():
-    """A floor under a sun: the record's target is exactly ρ E / π, and the cache, asked there, gets none of it added."""
+    """A floor under a sun: the record's target is exactly ρ E / π; where the cache is asked nothing is added."""
     light = DirectionalLight((0, -1, 0), (math.pi, math.pi, math.pi))
     scene = looking_down(floor(), materials=(Material(base_color=(0.5, 0.25, 0.0)),), lights=(light,))
     for integrator, own in (("cache", 0.0), ("nrc", 1.0)):
@@ -451,18 +458,22 @@ def test_a_perfect_cache_gives_the_furnace():
     assert np.allclose(first.radiance.numpy() + 0.5 * first.query_weight.numpy(), 1.0, atol=1e-6)
 
 
-def test_unbiased_fraction_of_training_paths_has_no_tail():
-    """In a closed sphere every other training path ends in the cache; which ones changes from frame to frame."""
-    tracer = tracer_of(
-        furnace(), 32, 32, n_paths=1024, spread_threshold=0.0, rr_depth=100, max_depth=8, unbiased_fraction=1 / 16
-    )
+@pytest.mark.parametrize("continuation", [0.0, 0.7])
+def test_training_paths_end_as_often_as_configured(continuation):
+    """In a closed sphere, without roulette: vertex 2 is asked, each of 3 ... 7 ends the suffix with 1 - continuation.
+
+    Paths chosen to be unbiased never end in the cache, and which these are changes from frame to frame.
+    """
+    fraction = 1 / 16
+    settings = {"spread_threshold": 0.0, "rr_depth": 100, "max_depth": 8, "unbiased_fraction": fraction}
+    tracer = tracer_of(furnace(), 32, 32, n_paths=1024, continuation=continuation, **settings)
     without = []
     for frame in range(16):
         tracer.trace(frame, n_training_paths=1024)
         without.append(tracer._staged.has_tail.numpy() == 0)
-    n = np.size(without)
-    assert abs(np.mean(without) - 1 / 16) < ERRORS * math.sqrt(1 / 16 * 15 / 16 / n)
-    assert np.max(np.mean(without, axis=0)) < 0.7  # 16 frames: no slot is chosen always
+    expected = fraction + (1.0 - fraction) * continuation**5
+    assert abs(np.mean(without) - expected) < ERRORS * math.sqrt(expected * (1.0 - expected) / np.size(without))
+    assert np.max(np.mean(without, axis=0)) < 0.8  # 16 frames: no slot is chosen always
 
 
 def test_every_tile_trains_one_path():

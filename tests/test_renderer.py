@@ -134,6 +134,24 @@ def test_restart_clears_the_picture_and_keeps_the_cache():
     assert bits(renderer.cache.state()) == cache
 
 
+def test_tails_ask_the_primary_weights_and_pixels_the_average(monkeypatch):
+    """One call of each kind per frame, training between them, with the records each is for."""
+    renderer = renderer_of()
+    calls = []
+    for name in ("query", "query_primary", "train"):
+        call = getattr(renderer.cache, name)
+
+        def noted(*arguments, name=name, call=call):
+            calls.append((name, arguments[0]))
+            return call(*arguments)
+
+        monkeypatch.setattr(renderer.cache, name, noted)
+    renderer.frame()
+    tracer = renderer.tracer
+    expected = [("query_primary", tracer.tails), ("train", tracer.records), ("query", tracer.queries)]
+    assert [(name, id(records)) for name, records in calls] == [(name, id(records)) for name, records in expected]
+
+
 def test_training_can_be_switched_off():
     """`train = False` asks the cache but leaves its weights alone."""
     renderer = frames(renderer_of(), 3)
@@ -316,7 +334,7 @@ def test_checkpoint_of_another_job_is_refused(tmp_path, options, named):
 
 
 def test_broken_checkpoints_are_refused(tmp_path):
-    """Missing, empty, cut off, or another file altogether: CheckpointError with the name, and the renderer unchanged."""
+    """Missing, empty, cut off or another file: CheckpointError with the name, and the renderer unchanged."""
     path = tmp_path / "a.checkpoint"
     job = job_of(path, integrator="path")
     with pytest.raises(CheckpointError, match=r"a\.checkpoint"):
