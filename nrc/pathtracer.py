@@ -14,10 +14,12 @@ from nrc.kernels import trace as kt
 from nrc.launch import heavy_range, launch
 from nrc.records import Records
 from nrc.scene import Camera
+from nrc.sobol import sobol_points
 
 Integrator = Literal["path", "nrc", "cache"]
 _INTEGRATORS = {"path": kt.INTEGRATOR_PATH, "nrc": kt.INTEGRATOR_NRC, "cache": kt.INTEGRATOR_CACHE}
 UNLIMITED_DEPTH = 2**30
+SOBOL_BITS = 14  # 2^14 points; later frames use them again with other shifts
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class PathTracer:
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
         self._params = kt.TraceParams()
         self._params.seed = config.seed
+        self._params.sobol = wp.array(sobol_points(SOBOL_BITS, kt.SOBOL_DIMENSIONS), dtype=wp.uint32, device=device)
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
         self._params.rr_depth = config.rr_depth
         self._params.spread_threshold = config.spread_threshold
@@ -160,6 +163,13 @@ class PathTracer:
         if config.integrator != "path":
             kernels["record compaction"] = kr.gather_targets
         return kernels
+
+    def set_scene(self, scene: DeviceScene) -> None:
+        """Trace `scene`, on the same device, from the next frame on; the camera becomes the scene's."""
+        if scene.device != self.device:
+            raise ValueError(f"this tracer runs on {self.device}, the scene lies on {scene.device}")
+        self.scene = scene
+        self.camera = scene.camera_view(self.width, self.height)
 
     def set_camera(self, camera: Camera) -> None:
         """Look through `camera` from the next frame on."""

@@ -120,6 +120,15 @@ class Renderer:
         n = max(self._n_timed, 1)
         return {name: 1e3 * seconds / n for name, seconds in self.stage_seconds.items() if seconds > 0.0}
 
+    def set_scene(self, scene: Scene | DeviceScene) -> None:
+        """Render `scene` from the next frame on, for instance the same one with other lights.
+
+        The film starts over; the cache keeps what it learned and adapts. Its box stays: geometry outside is traced on.
+        """
+        self.scene = scene if isinstance(scene, DeviceScene) else DeviceScene(scene, self.device)
+        self.tracer.set_scene(self.scene)
+        self.restart()
+
     def restart(self) -> None:
         """Clear the film; the cache keeps what it learned."""
         self.film.clear()

@@ -476,6 +476,17 @@ def test_training_paths_end_as_often_as_configured(continuation):
     assert np.max(np.mean(without, axis=0)) < 0.8  # 16 frames: no slot is chosen always
 
 
+def test_spread_restarts_at_the_query_vertex():
+    """In a sphere every bounce adds about the same: where two are needed to ask, two more end the suffix."""
+    settings = {"spread_threshold": 150.0, "continuation": 0.0, "unbiased_fraction": 0.0, "rr_depth": 100}
+    tracer = tracer_of(furnace(), 16, 16, n_paths=256, max_depth=10, **settings)
+    tracer.trace(0, n_training_paths=256)
+    assert (tracer.query_vertex.numpy() == 3).all()  # one bounce spreads to 80 ... 115 a_0, two to four times that
+    records = records_of(tracer)
+    assert np.array_equal(np.bincount(records["slot"]), np.full(256, 4))  # vertices 1 ... 4; the fifth is the tail
+    assert int(tracer.n_tails.numpy()[0]) == 256
+
+
 def test_every_tile_trains_one_path():
     """One pixel of each tile, at an offset that changes from frame to frame, fills its slot."""
     tracer = tracer_of(furnace(), 32, 24, n_paths=48)

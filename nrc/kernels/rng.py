@@ -1,7 +1,8 @@
-"""PCG32 random numbers: one stream per (pixel, sample), state in registers.
+"""Random numbers of paths: Sobol' points for their first vertices, PCG32 behind.
 
-O'Neill 2014, "PCG: A Family of Simple Fast Space-Efficient Statistically Good Algorithms for Random Number Generation".
-Warp's own generator has 2^32 states in all, fewer than one image at a thousand samples per pixel draws.
+Sobol' points are the same for all pixels of a frame, shifted digitally by a hash of the pixel: a pixel's samples are
+well spread over frames while pixels stay independent. PCG32 (O'Neill 2014) has one stream per pixel and frame, state in
+registers: Warp's own generator has 2^32 states in all, fewer than an image at a thousand samples per pixel draws.
 """
 
 import warp as wp
@@ -49,3 +50,36 @@ def rng_uint(state: wp.uint64) -> wp.uint32:
 def rng_float(state: wp.uint64) -> float:
     """Uniform number in [0, 1)."""
     return float(rng_uint(state) >> wp.uint32(8)) * TO_UNIT
+
+
+@wp.func
+def rng_vec3(state: wp.uint64):
+    """Three uniform numbers in [0, 1), and the state after them."""
+    a = rng_next(state)
+    b = rng_next(a)
+    c = rng_next(b)
+    return wp.vec3(rng_float(a), rng_float(b), rng_float(c)), c
+
+
+@wp.func
+def sobol_key(seed: int, round: int, index: int) -> wp.uint64:
+    """Key of the digital shifts of path `index`; `round` counts how often the table of points has been used up."""
+    key = mix64((wp.uint64(wp.uint32(seed)) << wp.uint64(32)) + wp.uint64(wp.uint32(round)))
+    return mix64(key ^ (wp.uint64(wp.uint32(index)) * PCG_MULTIPLIER))
+
+
+@wp.func
+def sobol_float(points: wp.array2d[wp.uint32], point: int, dimension: int, key: wp.uint64) -> float:
+    """Coordinate of a shifted Sobol' point, uniform in [0, 1)."""
+    shift = wp.uint32(mix64(key + wp.uint64(wp.uint32(dimension))) >> wp.uint64(32))
+    return float((points[point, dimension] ^ shift) >> wp.uint32(8)) * TO_UNIT
+
+
+@wp.func
+def sobol_vec3(points: wp.array2d[wp.uint32], point: int, dimension: int, key: wp.uint64) -> wp.vec3:
+    """Three consecutive coordinates of a shifted Sobol' point."""
+    return wp.vec3(
+        sobol_float(points, point, dimension, key),
+        sobol_float(points, point, dimension + 1, key),
+        sobol_float(points, point, dimension + 2, key),
+    )

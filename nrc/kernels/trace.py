@@ -26,7 +26,7 @@ from nrc.kernels.light import (
     light_pdf_triangle,
     light_sample,
 )
-from nrc.kernels.rng import mix64, rng_float, rng_init, rng_next
+from nrc.kernels.rng import mix64, rng_float, rng_init, rng_next, rng_vec3, sobol_float, sobol_key, sobol_vec3
 from nrc.kernels.sampling import PI, max_component, to_local, to_world
 from nrc.kernels.scene import (
     MAX_ALPHA_LAYERS,
@@ -47,6 +47,13 @@ INTEGRATOR_PATH = wp.constant(0)
 INTEGRATOR_NRC = wp.constant(1)
 INTEGRATOR_CACHE = wp.constant(2)
 
+# Dimensions of a Sobol' point: film (2), lens (2), then per vertex light selection (1), light (2), BSDF lobe (1) and
+# direction (2).
+SOBOL_FIRST_VERTEX = wp.constant(4)
+SOBOL_PER_VERTEX = wp.constant(6)
+SOBOL_VERTICES = wp.constant(2)
+SOBOL_DIMENSIONS = 16
+
 MIN_COS = wp.constant(1.0e-3)  # bounds a vertex' footprint at grazing incidence
 INFINITE = wp.constant(1.0e30)
 
@@ -58,6 +65,7 @@ class TraceParams:
     integrator: int
     seed: int
     frame: int
+    sobol: wp.array2d[wp.uint32]  # (points, SOBOL_DIMENSIONS), one point per frame
     max_depth: int  # edges from the camera
     rr_depth: int
     spread_threshold: float  # c of Eq. 4, Müller et al. 2021
@@ -166,15 +174,13 @@ def trace_paths(
     x = i % camera.width
     y = i // camera.width
     rng = rng_init(params.seed, params.frame, i)
-    rng = rng_next(rng)
-    u0 = rng_float(rng)
-    rng = rng_next(rng)
-    u1 = rng_float(rng)
-    rng = rng_next(rng)
-    u2 = rng_float(rng)
-    rng = rng_next(rng)
-    u3 = rng_float(rng)
-    ray = camera_ray(camera, x, y, wp.vec2(u0, u1), wp.vec2(u2, u3))
+    point = params.frame % params.sobol.shape[0]
+    key = sobol_key(params.seed, params.frame // params.sobol.shape[0], i)
+    film = wp.vec2(sobol_float(params.sobol, point, 0, key), sobol_float(params.sobol, point, 1, key))
+    lens = wp.vec2(0.0, 0.0)
+    if camera.aperture_radius > 0.0:
+        lens = wp.vec2(sobol_float(params.sobol, point, 2, key), sobol_float(params.sobol, point, 3, key))
+    ray = camera_ray(camera, x, y, film, lens)
     o = ray.o
     d = ray.d
     previous = ray.o
@@ -301,14 +307,14 @@ def trace_paths(
             B = wp.vec3(1.0, 1.0, 1.0)
 
         # Next-event estimation.
+        dimension = SOBOL_FIRST_VERTEX + SOBOL_PER_VERTEX * vertex
         if smooth:
-            rng = rng_next(rng)
-            u0 = rng_float(rng)
-            rng = rng_next(rng)
-            u1 = rng_float(rng)
-            rng = rng_next(rng)
-            u2 = rng_float(rng)
-            light = light_sample(scene, surface.p, u0, wp.vec2(u1, u2))
+            u = wp.vec3(0.0, 0.0, 0.0)
+            if vertex < SOBOL_VERTICES:
+                u = sobol_vec3(params.sobol, point, dimension, key)
+            else:
+                u, rng = rng_vec3(rng)
+            light = light_sample(scene, surface.p, u[0], wp.vec2(u[1], u[2]))
             if light.pdf > 0.0 and max_component(light.value) > 0.0:
                 wi_local = to_local(surface.frame, light.wi)
                 wi_local = wp.vec3(wi_local[0], wi_local[1], flip * wi_local[2])
@@ -329,13 +335,12 @@ def trace_paths(
                         A += wp.cw_mul(B, value)
 
         # Next direction.
-        rng = rng_next(rng)
-        u0 = rng_float(rng)
-        rng = rng_next(rng)
-        u1 = rng_float(rng)
-        rng = rng_next(rng)
-        u2 = rng_float(rng)
-        bounce = bsdf_sample(surface.bsdf, wo_local, wp.vec3(u0, u1, u2))
+        u = wp.vec3(0.0, 0.0, 0.0)
+        if vertex < SOBOL_VERTICES:
+            u = sobol_vec3(params.sobol, point, dimension + 3, key)
+        else:
+            u, rng = rng_vec3(rng)
+        bounce = bsdf_sample(surface.bsdf, wo_local, u)
         if max_component(bounce.weight) <= 0.0:
             break
         d = wp.normalize(to_world(surface.frame, wp.vec3(bounce.wi[0], bounce.wi[1], flip * bounce.wi[2])))
