@@ -2,7 +2,7 @@
 
     python benchmarks/light_switch.py glossy_room --frames 200 --json
 
-Renders until the cache has settled, switches off the brightest emissive material or, with --all, every light, and counts
+Renders until the cache has settled, switches off the brightest emissive material or, with --all, all light, and counts
 the frames until the error mean |nrc - path| over the mean before the switch falls below 10 % of its value right after.
 Both pictures are averaged over blocks of 16 x 16 pixels first, so that the figure is about the cache and not about the
 noise of a single frame.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import warp as wp
@@ -144,7 +144,7 @@ class PathTracer:
 
         lower, upper = box if box is not None else scene.bounds
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
-        self._params = kt.TraceParams()
+        self._params: Any = kt.TraceParams()
         self._params.seed = config.seed
         self._params.sobol = wp.array(sobol_points(SOBOL_BITS, kt.SOBOL_DIMENSIONS), dtype=wp.uint32, device=device)
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth

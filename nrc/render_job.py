@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,8 @@ def describe(renderer: Renderer) -> dict[str, Any]:
     """Identity of a job: everything that changes its picture."""
     scene = renderer.scene.scene
     digest = hashlib.sha256()
-    for mesh in scene.meshes:
-        for array in (mesh.positions, mesh.indices, mesh.normals, mesh.uv0):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
-    digest.update(repr((scene.materials, scene.lights, scene.environment, scene.camera)).encode())
+    for part in (scene.meshes, scene.materials, scene.lights, scene.environment, scene.camera):
+        _hash(part, digest)
     cache = asdict(renderer.cache.config) if renderer.cache is not None else None
     return {
         "scene": digest.hexdigest(),
@@ -177,3 +175,18 @@ def describe(renderer: Renderer) -> dict[str, Any]:
         "cache": cache,
         "clamp": renderer.film.clamp,
     }
+
+
+def _hash(value: Any, digest: Any) -> None:
+    """Feed everything that `value` (nested dataclasses, tuples, arrays and plain values) holds to `digest`."""
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.shape}{value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    elif is_dataclass(value):
+        for field in fields(value):
+            _hash(getattr(value, field.name), digest)
+    elif isinstance(value, tuple):
+        for item in value:
+            _hash(item, digest)
+    else:
+        digest.update(repr(value).encode())
