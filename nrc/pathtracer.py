@@ -146,8 +146,8 @@ class PathTracer:
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
         self._params: Any = kt.TraceParams()
         self._params.seed = config.seed
-        points: Any = sobol_points(SOBOL_BITS, kt.SOBOL_DIMENSIONS)
-        self._params.sobol = wp.array(points, dtype=wp.uint32, device=device)
+        points: Any = wp.array(sobol_points(SOBOL_BITS, kt.SOBOL_DIMENSIONS), dtype=wp.uint32, device=device)
+        self._params.sobol = points
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
         self._params.rr_depth = config.rr_depth
         self._params.spread_threshold = config.spread_threshold
