@@ -45,6 +45,8 @@ def bench_cache(
     Returns:
         path.relmse, nrc.relmse, nrc.mean_bias, ratio (path over nrc), stages_ms, and more figures of each run.
     """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     uploaded = DeviceScene(scene, device)
     pictures: dict[str, np.ndarray] = {}
     result: dict[str, Any] = {"width": width, "height": height, "seconds": seconds, "device": str(uploaded.device)}
@@ -77,7 +79,6 @@ def bench_cache(
     result["ratio"] = result["path"]["relmse"] / result["nrc"]["relmse"]
     say(f"relMSE of path over nrc: {result['ratio']:.2f}")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             write_exr(out / f"{name}.exr", {"color": picture})
     return result
@@ -140,7 +141,7 @@ class _MitsubaRenderer:
         try:
             import mitsuba as mi
         except ImportError:
-            raise ValueError("this comparison needs Mitsuba 3: pip install 'nrc[mitsuba]'") from None
+            raise ValueError("this comparison needs Mitsuba 3: pip install mitsuba") from None
         self._mi = mi
         self.spp, self.variant = spp, "llvm_ad_rgb"
         try:

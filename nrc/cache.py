@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import warp as wp
 
-from nrc.field import Field
+from nrc.field import Field, check_count
 from nrc.kernels import cache as kc
 from nrc.launch import launch, resolve_device
 from nrc.records import Records
@@ -26,6 +26,7 @@ class CacheConfig:
             names.
         n_neurons, n_hidden_layers: Network; None for the number of layers means 2 with "hash" and 5 with "frequency".
         learning_rate: Adam's; None means 1e-2 with "hash" and 2e-3 with "frequency".
+        beta2: Adam's.
         ema_decay: Of the weights that answer rendering queries.
         batch_size, n_batches: Records per optimizer step, and steps per call of `train`. None for the batch size means
             2^14 on CUDA and 2^11 on a CPU.
@@ -86,7 +87,8 @@ class CacheConfig:
 
     def network_config(self) -> dict[str, Any]:
         """tiny-cuda-nn style network."""
-        layers = self.n_hidden_layers or (2 if self.encoding == "hash" else 5)
+        default = 2 if self.encoding == "hash" else 5
+        layers = default if self.n_hidden_layers is None else self.n_hidden_layers
         return {
             "otype": "FullyFusedMLP",
             "activation": "ReLU",
@@ -97,7 +99,8 @@ class CacheConfig:
 
     def optimizer_config(self) -> dict[str, Any]:
         """tiny-cuda-nn style optimizer."""
-        rate = self.learning_rate or (1e-2 if self.encoding == "hash" else 2e-3)
+        default = 1e-2 if self.encoding == "hash" else 2e-3
+        rate = default if self.learning_rate is None else self.learning_rate
         adam = {
             "otype": "Adam",
             "learning_rate": rate,
@@ -114,8 +117,8 @@ class RadianceCache:
 
     One prediction and one training call per frame::
 
-        cache = RadianceCache(bounds, CacheConfig(), device="cpu")
-        radiance = cache.query(queries)          # (n, 3), from the averaged weights
+        cache = RadianceCache(bounds, CacheConfig(), max_queries=65536, max_records=16384, device="cpu")
+        radiance = cache.query(queries)          # from the averaged weights
         tails = cache.query_primary(suffix_ends)  # for self-training, from the weights being trained
         cache.train(records, targets)
 
@@ -160,7 +163,8 @@ class RadianceCache:
         )
         self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
         self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
-        self._query_radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
+        self._radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
+        self._primary_radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
         self._query_invalid = wp.zeros(max_queries, dtype=int, device=device)
         self._flag = wp.zeros(max_records, dtype=int, device=device)
         self._place = wp.zeros(max_records, dtype=int, device=device)
@@ -189,13 +193,13 @@ class RadianceCache:
             count: (1,) int on the device: how many of them to answer; None for all.
 
         Returns:
-            (max_queries, 3) float, valid until the next query; rows from `count` on keep older values.
+            (max_queries, 3) float, valid until the next call of this method; rows from `count` on keep older values.
         """
-        return self._query(records, count, self.trainer.ema_params)
+        return self._query(records, count, self.trainer.ema_params, self._radiance)
 
     def query_primary(self, records: Records, count: wp.array | None = None) -> wp.array:
         """As `query`, from the weights being trained: the tails of self-training suffixes."""
-        return self._query(records, count, self.trainer.params)
+        return self._query(records, count, self.trainer.params, self._primary_radiance)
 
     def train(self, records: Records, targets: wp.array, count: wp.array | None = None) -> None:
         """Learn from one frame: shuffle the records into batches and take one optimizer step on each.
@@ -214,7 +218,7 @@ class RadianceCache:
             raise ValueError(f"{n} training records, but the cache was made for {self._flag.shape[0]} (max_records)")
         if targets.shape[0] < n:
             raise ValueError(f"{n} training records but {targets.shape[0]} targets")
-        count = self._full_count(n) if count is None else count
+        count = self._checked_count(count, n)
         launch(
             kc.flag_valid_records,
             n,
@@ -290,11 +294,11 @@ class RadianceCache:
         trainer = {f"trainer.{name}": array for name, array in self.trainer.state_arrays().items()}
         return {"scale": self._scale, "round": self._round, **trainer}
 
-    def _query(self, records: Records, count: wp.array | None, params: wp.array) -> wp.array:
+    def _query(self, records: Records, count: wp.array | None, params: wp.array, out: wp.array) -> wp.array:
         n = records.capacity
         if n > self._query_x.shape[0]:
             raise ValueError(f"{n} queries, but the cache was made for {self._query_x.shape[0]} (max_queries)")
-        count = self._full_count(n) if count is None else count
+        count = self._checked_count(count, n)
         launch(
             kc.encode_records,
             n,
@@ -307,12 +311,15 @@ class RadianceCache:
             kc.decode_radiance,
             n,
             inputs=[records.view, count, self._query_y, self._scale],
-            outputs=[self._query_radiance, self._query_invalid],
+            outputs=[out, self._query_invalid],
             device=self.device,
         )
-        return self._query_radiance
+        return out
 
-    def _full_count(self, n: int) -> wp.array:
+    def _checked_count(self, count: wp.array | None, n: int) -> wp.array:
+        if count is not None:
+            check_count(count, self.device)
+            return count
         if n not in self._full_counts:
             self._full_counts[n] = wp.array([n], dtype=int, device=self.device)
         return self._full_counts[n]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from nrc import assets, launch
-from nrc.image import ImageError, read_linear, to_srgb8, write_exr, write_image
+from nrc.image import read_linear, to_srgb8, write_exr, write_image
 from nrc.metrics import compare, difference_picture
-from nrc.scene import Scene, SceneError
+from nrc.scene import Scene
 
 PICTURE_FORMATS = (".exr", ".png", ".hdr")
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result = arguments.run(arguments)
-    except (SceneError, ImageError, UsageError, ValueError) as error:
+    except (ValueError, OSError) as error:  # SceneError, ImageError, CheckpointError and UsageError are ValueErrors
         print(f"nrc: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

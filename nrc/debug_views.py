@@ -20,7 +20,7 @@ def debug_views(renderer: Renderer) -> dict[str, np.ndarray]:
         - training_radiance_1, training_radiance_2: (h, w, 3) target of the first and second record of each training
           path, filling its tile [W m^-2 sr^-1].
         - training_bounces: (h, w) records of the training path of each tile.
-        - loss: (h, w) relative squared error of the cache against the first record's target, per tile.
+        - loss: (h, w) training loss (relative squared error, normalised) at the first record, per tile.
 
     Raises:
         ValueError: The renderer has no cache.
@@ -48,9 +48,11 @@ def debug_views(renderer: Renderer) -> dict[str, np.ndarray]:
         radiance = np.zeros((tracer.n_training_paths, 3), np.float32)
         radiance[slot[chosen]] = target[chosen]
         views[f"training_radiance_{vertex_index + 1}"] = _paint(radiance, tracer.tile, (h, w))
-    predicted = cache.query(tracer.records, tracer.n_records).numpy()[:n_records]
+    albedo = (tracer.records.diffuse.numpy() + tracer.records.specular.numpy())[:n_records]
+    unit = np.maximum(albedo * cache.stats()["radiance_scale"], 1e-6)
+    predicted = cache.query_primary(tracer.records, tracer.n_records).numpy()[:n_records] / unit
     luminance = predicted @ np.array([0.299, 0.587, 0.114])
-    error = np.mean((predicted - target) ** 2, axis=1) / (luminance**2 + 0.01)
+    error = np.mean((predicted - target / unit) ** 2, axis=1) / (luminance**2 + 0.01)
     loss = np.zeros(tracer.n_training_paths, np.float32)
     loss[slot[index == 0]] = error[index == 0]
     views["loss"] = _paint(loss, tracer.tile, (h, w))
@@ -58,7 +60,7 @@ def debug_views(renderer: Renderer) -> dict[str, np.ndarray]:
     tracer.trace(frame, integrator="cache")
     answer = cache.query(tracer.queries, tracer.n_queries).numpy()
     asked = tracer.query_vertex.numpy() > 0
-    direct = tracer.radiance.numpy()
+    direct = tracer.radiance.numpy().copy()
     direct[asked] += tracer.query_weight.numpy()[asked] * answer[tracer.query_place.numpy()[asked]]
     views["cache"] = direct.reshape(h, w, 3)
     wp.synchronize_device(tracer.device)

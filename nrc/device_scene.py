@@ -127,8 +127,8 @@ class DeviceScene:
         ]
         self._plastic_tables = []
         for material, row in zip(self.scene.materials, materials, strict=True):
-            widths = (material.roughness[0] ** 2, material.roughness[1] ** 2)
-            if material.kind == "plastic" and max(widths) >= ALPHA_MIN:
+            widths = (max(material.roughness[0] ** 2, ALPHA_MIN), max(material.roughness[1] ** 2, ALPHA_MIN))
+            if material.kind == "plastic" and max(material.roughness) > 0.0:
                 prepare({"plastic table": integrate_interface}, self.device)
                 table = plastic_table(material.ior, widths, material.distribution == "beckmann", self.device)
                 self._plastic_tables.append(self._array(table, wp.float32))
@@ -333,7 +333,8 @@ def _mean_emission(material: Material) -> float:
         return 0.0
     texture = material.emission_texture
     if isinstance(texture, Texture):
-        image = texture.image[..., :3].reshape(-1, min(texture.image.shape[2], 3)).astype(np.float64)
+        n_colors = 3 if texture.image.shape[2] >= 3 else 1
+        image = texture.image[..., :n_colors].reshape(-1, n_colors).astype(np.float64)
         if texture.image.dtype == np.uint8:
             image /= 255.0
         if texture.srgb:

@@ -58,6 +58,8 @@ class PathTracerConfig:
             raise ValueError(f"rr_depth must be at least 1, got {self.rr_depth}")
         if not self.spread_threshold >= 0.0:
             raise ValueError(f"spread_threshold must be >= 0, got {self.spread_threshold}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in 0...2^31 - 1, got {self.seed}")
         if self.max_records < 1:
             raise ValueError(f"max_records must be at least 1, got {self.max_records}")
         for name in ("continuation", "unbiased_fraction"):
@@ -141,6 +143,7 @@ class PathTracer:
         self.n_records = wp.zeros(1, dtype=int, device=device)
         self.n_training_paths = 0
         self.tile = (width, height)
+        self._tile_limit = 0
 
         lower, upper = box if box is not None else scene.bounds
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
@@ -179,6 +182,8 @@ class PathTracer:
     def tile_size(self, n_training_paths: int) -> tuple[int, int]:
         """Width and height [px] of the tiles; at most `n_training_paths`, and the capacity, cover the picture."""
         limit = max(1, min(n_training_paths, self.max_training_paths))
+        if limit == self._tile_limit:
+            return self.tile
         candidates = []
         for tile_height in range(1, self.height + 1):
             rows = -(-self.height // tile_height)
@@ -212,6 +217,7 @@ class PathTracer:
         n_slots = 0
         if params.train:
             self.tile = self.tile_size(n_training_paths)
+            self._tile_limit = max(1, min(n_training_paths, self.max_training_paths))
             params.tile_width, params.tile_height = self.tile
             params.tiles_x = -(-self.width // params.tile_width)
             n_slots = params.tiles_x * -(-self.height // params.tile_height)

@@ -17,7 +17,9 @@ FIELDS = {
 
 
 class Records:
-    """Room for `capacity` records on `device`, structure of arrays.
+    """Room for `capacity` records on `device`, structure of arrays; `arrays` are used as they are, the others are made.
+
+    Raises TypeError for an unknown field, ValueError for an array of another shape, type or device.
 
     Attributes:
         position: (capacity,) vec3, world space [scene units].
@@ -36,6 +38,13 @@ class Records:
     specular: wp.array
 
     def __init__(self, capacity: int, device: wp.Device, **arrays: wp.array) -> None:
+        unknown = sorted(arrays.keys() - FIELDS.keys())
+        if unknown:
+            raise TypeError(f"unknown record fields {', '.join(unknown)}; a record has {', '.join(FIELDS)}")
+        for name, array in arrays.items():
+            if array.shape != (capacity,) or array.dtype != FIELDS[name] or array.device != device:
+                expected = f"({capacity},) {FIELDS[name].__name__} on {device}"
+                raise ValueError(f"{name}: expected {expected}, got {array.shape} {array.dtype} on {array.device}")
         self.capacity = capacity
         self.device = device
         self.view = RecordView()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,11 @@ def describe(renderer: Renderer) -> dict[str, Any]:
     digest = hashlib.sha256()
     for part in (scene.meshes, scene.materials, scene.lights, scene.environment, scene.camera):
         _hash(part, digest)
-    cache = asdict(renderer.cache.config) if renderer.cache is not None else None
+    cache = None
+    if renderer.cache is not None:
+        cache = {**asdict(renderer.cache.config), "batch_size": renderer.cache.batch_size}
     return {
+        "nrc": version("nrc"),
         "scene": digest.hexdigest(),
         "width": renderer.tracer.width,
         "height": renderer.tracer.height,

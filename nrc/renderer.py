@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ class Renderer:
         """How many training paths fill the cache's record budget, judging by the frames so far; 0 without a cache."""
         if self.cache is None:
             return 0
-        return max(1, int(self.cache.n_training_records / self._records_per_path))
+        wanted = max(1.0, self.cache.n_training_records / self._records_per_path)
+        return int(2.0 ** (math.floor(16.0 * math.log2(wanted)) / 16.0))  # in steps, so that tiles rarely change
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, (height, width, 3) float32 [W m^-2 sr^-1]."""

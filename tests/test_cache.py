@@ -165,7 +165,7 @@ def test_query_answers_only_its_count():
     cache = cache_of()
     records = records_of(random_arrays(50))
     cache.train(records, vectors(np.ones((50, 3))))
-    cache._query_radiance.fill_(-7.0)
+    cache._radiance.fill_(-7.0)
     answer = cache.query(records, count_of(20)).numpy()
     assert (answer[:20] >= 0.0).all() and (answer[20:] == -7.0).all()
 
@@ -482,3 +482,25 @@ def test_too_many_records_are_refused():
             call()
     with pytest.raises(ValueError, match=r"50 .*40"):
         cache.train(records_of(random_arrays(50)), vectors(np.ones((40, 3))))
+
+
+def test_records_refuse_other_arrays(device):
+    """A misspelt field, a wrong length and a wrong type are errors, not zeros."""
+    with pytest.raises(TypeError, match="normals"):
+        Records(4, device, normals=wp.zeros(4, dtype=wp.vec3, device=device))
+    with pytest.raises(ValueError, match="normal: expected"):
+        Records(4, device, normal=wp.zeros(5, dtype=wp.vec3, device=device))
+    with pytest.raises(ValueError, match="roughness: expected"):
+        Records(4, device, roughness=wp.zeros(4, dtype=wp.vec3, device=device))
+
+
+def test_primary_answers_leave_the_others_alone():
+    """Both kinds of query may be asked before either answer is used."""
+    cache = cache_of()
+    records = records_of(random_arrays(50))
+    cache.train(records, vectors(np.ones((50, 3))))
+    answers = cache.query(records)
+    before = answers.numpy()[:50].copy()
+    primary = cache.query_primary(records).numpy()[:50]
+    np.testing.assert_array_equal(answers.numpy()[:50], before)
+    assert not np.array_equal(primary, before)

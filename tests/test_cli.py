@@ -289,7 +289,7 @@ def test_bench_cache_compares_for_equal_time(capsys):
 
 def test_bench_rays_compares_with_mitsuba(capsys):
     """Samples per second of both, in one run."""
-    mitsuba = pytest.importorskip("mitsuba", reason="needs Mitsuba 3 (pip install 'nrc[mitsuba]')")
+    mitsuba = pytest.importorskip("mitsuba", reason="needs Mitsuba 3 (pip install mitsuba)")
     try:
         mitsuba.set_variant("llvm_ad_rgb")
         import drjit

@@ -34,6 +34,7 @@ from nrc.scene import (
     PointLight,
     Scene,
     SpotLight,
+    Texture,
 )
 
 P_LIMIT = 1e-3 / 30  # of a χ² test; one false alarm in a thousand runs of all of them
@@ -507,3 +508,25 @@ def test_irradiance_of_an_emissive_triangle(front_up, two_sided, share):
     camera = Camera.look_at((2.0, 0.3, 0.3), (0, 0, 0), fov=0.05)
     scene = Scene((floor(half=0.1), mesh), (GREY_05, lamp), camera)
     assert_radiance(scene, 0.5 * form * 4.0 * share)
+
+
+@pytest.mark.parametrize("alpha_mode", ["blend", "mask"])
+def test_irradiance_of_a_lamp_with_holes(alpha_mode):
+    """Emission counts as far as the lamp is opaque, by light sampling as by BSDF sampling."""
+    height, half, opacity = 0.5, 0.4, 0.3
+    lamp = Material(base_color=(0, 0, 0), emission=(4.0, 4.0, 4.0), opacity=opacity, alpha_mode=alpha_mode)
+    meshes = (floor(half=0.1), rectangle(1, (0.0, height, 0.0), (half, 0, 0), (0, 0, half)))
+    camera = Camera.look_at((0.9, 0.4, 0), (0, 0, 0), fov=0.1)
+    form = 4.0 * rectangle_form_factor(half / height, half / height)
+    share = opacity if alpha_mode == "blend" else 0.0  # the mask's cutoff is 0.5
+    assert_radiance(Scene(meshes, (GREY_05, lamp), camera), 0.5 * form * 4.0 * share)
+
+
+def test_emission_texture_with_two_channels_is_grey():
+    """A luminance-alpha texture on a lamp uploads and weighs the lamp by its luminance."""
+    texture = Texture(np.full((2, 2, 2), 128, np.uint8))
+    lamp = Material(base_color=(0, 0, 0), emission=(4.0, 4.0, 4.0), emission_texture=texture)
+    meshes = (floor(half=0.1), rectangle(1, (0.0, 0.5, 0.0), (0.4, 0, 0), (0, 0, 0.4)))
+    camera = Camera.look_at((0.9, 0.4, 0), (0, 0, 0), fov=0.1)
+    form = 4.0 * rectangle_form_factor(0.8, 0.8)
+    assert_radiance(Scene(meshes, (GREY_05, lamp), camera), 0.5 * form * 4.0 * 128 / 255)

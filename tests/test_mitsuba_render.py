@@ -35,7 +35,7 @@ N_BATCHES = 64
 @pytest.fixture(scope="module")
 def mi():
     """Mitsuba with its scalar variant active."""
-    mitsuba = pytest.importorskip("mitsuba", reason="needs Mitsuba 3 (pip install 'nrc[mitsuba]')")
+    mitsuba = pytest.importorskip("mitsuba", reason="needs Mitsuba 3 (pip install mitsuba)")
     mitsuba.set_variant("scalar_rgb")
     return mitsuba
 

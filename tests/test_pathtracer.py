@@ -508,3 +508,10 @@ def test_empty_frame_has_no_records():
     assert len(records_of(tracer)["target"]) == 0
     assert int(tracer.n_queries.numpy()[0]) == 0 and int(tracer.n_tails.numpy()[0]) == 0
     assert np.array_equal(tracer.radiance.numpy(), np.tile(np.float32([1, 2, 3]), (64, 1)))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_seed_out_of_range_is_refused(seed):
+    """Before anything compiles."""
+    with pytest.raises(ValueError, match="seed"):
+        PathTracerConfig(seed=seed)

@@ -23,7 +23,7 @@ def import_mitsuba(path: Path | str) -> Any:
     try:
         import mitsuba
     except ImportError:
-        raise SceneError(f"{path}: Mitsuba scenes need the mitsuba package: pip install 'nrc[mitsuba]'") from None
+        raise SceneError(f"{path}: Mitsuba scenes need the mitsuba package: pip install mitsuba") from None
     return mitsuba
 
 

@@ -6,7 +6,7 @@ from nrc.kernels.bsdf import bsdf_albedo
 from nrc.kernels.camera import CameraView, camera_ray
 from nrc.kernels.intersect import ray_closest
 from nrc.kernels.sampling import to_local
-from nrc.kernels.scene import MAX_ALPHA_LAYERS, SceneView, Surface, find_surface, hit_opacity, offset_origin
+from nrc.kernels.scene import MAX_ALPHA_LAYERS, SceneView, Surface, find_surface, hit_opacity, pass_through
 from nrc.kernels.trace import INFINITE
 
 wp.set_module_options({"enable_backward": False})
@@ -37,7 +37,7 @@ def trace_first_hits(
             break
         if hit_opacity(scene, hit) >= 0.5:
             break
-        o = offset_origin(o + hit.t * d, d, d)
+        o = pass_through(scene, hit, o, d)
         hit = ray_closest(scene.accel, o, d, INFINITE)
     zero = wp.vec3(0.0, 0.0, 0.0)
     out_albedo[i] = zero

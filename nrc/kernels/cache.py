@@ -14,6 +14,7 @@ from nrc.kernels.trace import RecordView
 wp.set_module_options({"enable_backward": False})
 
 N_INPUTS = wp.constant(14)
+SCALE_RECORDS = wp.constant(4096)  # of the first round with light; their mean becomes the unit of radiance
 MIN_ALBEDO = wp.constant(1.0e-4)  # a channel that reflects less is taken as black by query and training alike
 
 
@@ -210,12 +211,14 @@ def begin_training_round(
         round_index[i] = round_index[i] + 1
     if scale[0] == 0.0:
         total = float(0.0)
-        for j in range(n):
+        n_summed = int(0)
+        for j in range(wp.min(n, SCALE_RECORDS)):
             if flags[j] != 0:
                 y = to_normalised(targets[j], reflectance(records, j), 1.0)
                 total += (y[0] + y[1] + y[2]) / 3.0
+                n_summed += 1
         if total > 0.0:
-            scale[0] = total / float(n_valid)
+            scale[0] = total / float(n_summed)
 
 
 @wp.kernel

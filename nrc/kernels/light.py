@@ -21,6 +21,8 @@ from nrc.kernels.scene import (
     LIGHT_TRIANGLE,
     SceneView,
     emitted_radiance,
+    hit_opacity,
+    triangle_normal,
 )
 
 wp.set_module_options({"enable_backward": False})
@@ -92,11 +94,7 @@ def light_pdf_triangle(scene: wp.ref[SceneView], triangle: int, distance: float,
     light = scene.triangle_light[triangle]
     if light < 0:
         return 0.0
-    vertices = scene.indices[triangle]
-    p0 = scene.positions[vertices[0]]
-    normal = wp.cross(scene.positions[vertices[1]] - p0, scene.positions[vertices[2]] - p0)
-    # area · cos = |normal · d| / 2
-    projected = 0.5 * wp.abs(wp.dot(normal, d))
+    projected = 0.5 * wp.abs(wp.dot(triangle_normal(scene, triangle), d))  # area · cos
     if projected < 1.0e-20:
         return 0.0
     return scene.light_pmf[light] * distance * distance / projected
@@ -170,6 +168,8 @@ def light_sample(scene: wp.ref[SceneView], p: wp.vec3, u_select: float, u: wp.ve
         hit.u = b[0]
         hit.v = b[1]
         result.value = emitted_radiance(scene, hit, cos_area)
+        if scene.has_alpha != 0:
+            result.value *= hit_opacity(scene, hit)
         result.pdf = pmf * distance2 / projected
         return result
     if light.kind == LIGHT_ENVIRONMENT:

@@ -204,6 +204,12 @@ def triangle_normal(scene: wp.ref[SceneView], triangle: int) -> wp.vec3:
 
 
 @wp.func
+def pass_through(scene: wp.ref[SceneView], hit: Hit, o: wp.vec3, d: wp.vec3) -> wp.vec3:
+    """Origin of the ray from `o` along `d` behind the surface it hit."""
+    return offset_origin(o + hit.t * d, wp.normalize(triangle_normal(scene, hit.face)), d)
+
+
+@wp.func
 def emitted_radiance(scene: wp.ref[SceneView], hit: Hit, cos_front: float) -> wp.vec3:
     """Radiance leaving the surface at `hit` towards a direction with cosine `cos_front` to the front normal."""
     m = scene.triangle_material[hit.face]
@@ -231,8 +237,7 @@ def shadow_transmittance(scene: wp.ref[SceneView], o: wp.vec3, d: wp.vec3, t_max
         transmittance *= 1.0 - hit_opacity(scene, hit)
         if transmittance <= 0.0:
             return 0.0
-        p = origin + hit.t * d
-        next_origin = offset_origin(p, wp.normalize(triangle_normal(scene, hit.face)), d)
+        next_origin = pass_through(scene, hit, origin, d)
         remaining -= wp.length(next_origin - origin)
         origin = next_origin
         if remaining <= 0.0:

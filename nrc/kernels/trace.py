@@ -26,7 +26,7 @@ from nrc.kernels.light import (
     light_pdf_triangle,
     light_sample,
 )
-from nrc.kernels.rng import mix64, rng_float, rng_init, rng_next, rng_vec3, sobol_float, sobol_key, sobol_vec3
+from nrc.kernels.rng import rng_float, rng_init, rng_next, rng_vec3, sobol_float, sobol_key, sobol_vec3
 from nrc.kernels.sampling import PI, max_component, to_local, to_world
 from nrc.kernels.scene import (
     MAX_ALPHA_LAYERS,
@@ -37,8 +37,8 @@ from nrc.kernels.scene import (
     hit_opacity,
     is_consistent,
     offset_origin,
+    pass_through,
     shadow_transmittance,
-    triangle_normal,
 )
 
 wp.set_module_options({"enable_backward": False})
@@ -203,8 +203,7 @@ def trace_paths(
     B = wp.vec3(0.0, 0.0, 0.0)
     tail = int(0)
     if slot >= 0:
-        lottery = mix64((wp.uint64(wp.uint32(params.frame)) << wp.uint64(32)) + wp.uint64(wp.uint32(slot)))
-        if rng_float(lottery) < params.unbiased_fraction:
+        if rng_float(rng_init(params.seed, params.frame, -1 - slot)) < params.unbiased_fraction:
             unbiased = 1
 
     surface = Surface()
@@ -218,7 +217,7 @@ def trace_paths(
                     if opacity < 1.0:
                         rng = rng_next(rng)
                         if rng_float(rng) >= opacity:
-                            o = offset_origin(o + hit.t * d, wp.normalize(triangle_normal(scene, hit.face)), d)
+                            o = pass_through(scene, hit, o, d)
                             hit = ray_closest(scene.accel, o, d, INFINITE)
                         else:
                             break

@@ -1,0 +1,45 @@
+"""Draw the README's pictures: one frame and ten seconds, path traced and with the cache.
+
+    python benchmarks/readme_pictures.py docs/pictures
+
+Prints how long a frame takes with each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from nrc import assets
+from nrc.device_scene import DeviceScene
+from nrc.image import to_srgb8, write_image
+from nrc.pathtracer import PathTracerConfig
+from nrc.renderer import Renderer
+
+SCENE, WIDTH, HEIGHT, SECONDS = "ajar_room", 480, 270, 10.0
+
+
+def main() -> None:
+    """Render and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    scene = DeviceScene(assets.load(SCENE))
+    for integrator in ("path", "nrc"):
+        config = PathTracerConfig(integrator=integrator, max_depth=scene.scene.settings.max_depth)
+        renderer = Renderer(scene, WIDTH, HEIGHT, config)
+        renderer.prepare()
+        start = time.perf_counter()
+        while time.perf_counter() - start < SECONDS:
+            renderer.frame()
+        frame = renderer.film.frame.numpy().reshape(HEIGHT, WIDTH, 3)
+        write_image(folder / f"{SCENE}_{integrator}_frame.png", to_srgb8(frame))
+        write_image(folder / f"{SCENE}_{integrator}.png", to_srgb8(renderer.image()))
+        milliseconds = 1e3 * (time.perf_counter() - start) / renderer.film.n_frames
+        print(f"{integrator}: {renderer.film.n_frames} frames of {milliseconds:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
