@@ -25,7 +25,7 @@ class CacheConfig:
         n_levels, n_features_per_level, log2_hashmap_size, base_resolution, per_level_scale: Hash grid, tiny-cuda-nn's
             names.
         n_neurons, n_hidden_layers: Network; None for the number of layers means 2 with "hash" and 5 with "frequency".
-        learning_rate: Adam's; None means 1e-2 with "hash" and 2e-3 with "frequency".
+        learning_rate: Adam's.
         beta2: Adam's.
         ema_decay: Of the weights that answer rendering queries.
         batch_size, n_batches: Records per optimizer step, and steps per call of `train`. None for the batch size means
@@ -42,7 +42,7 @@ class CacheConfig:
     per_level_scale: float = 2.0
     n_neurons: int = 64
     n_hidden_layers: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float = 1e-2
     beta2: float = 0.99
     ema_decay: float = 0.99
     batch_size: int | None = None
@@ -99,11 +99,9 @@ class CacheConfig:
 
     def optimizer_config(self) -> dict[str, Any]:
         """tiny-cuda-nn style optimizer."""
-        default = 1e-2 if self.encoding == "hash" else 2e-3
-        rate = default if self.learning_rate is None else self.learning_rate
         adam = {
             "otype": "Adam",
-            "learning_rate": rate,
+            "learning_rate": self.learning_rate,
             "beta1": 0.9,
             "beta2": self.beta2,
             "epsilon": 1e-15,
