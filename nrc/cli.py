@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -54,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_render_options(render)
     render.add_argument("--integrator", choices=("path", "nrc", "cache"), default="nrc", help="default: nrc")
     render.add_argument("--spp", type=_positive_int, help="samples per pixel (default: the scene's)")
-    render.add_argument("--seconds", type=_positive_float, help="render for this long instead, compilation excluded")
+    render.add_argument(
+        "--seconds",
+        type=_positive_float,
+        help="stop after this long in all, compilation excluded",
+    )
     render.add_argument("--aov", action="store_true", help="add first-hit layers and views of the cache (EXR only)")
     render.add_argument("--out", type=Path, help=".exr, .png or .hdr (default: SCENE.exr); an EXR gets a PNG too")
     render.add_argument("--reference", type=Path, help="picture to compare with; its size is the default")
@@ -120,16 +126,22 @@ def _add_render_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return value
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not value > 0.0 or not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
 
 
@@ -205,6 +217,8 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--aov needs an .exr to hold its layers, --out is {out}")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK) or not _accepts_files(out.parent):
+        raise UsageError(f"--out {out}: cannot write into folder {out.parent}")
     renderer = Renderer(
         scene,
         width,
@@ -222,7 +236,10 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{scene.name or arguments.scene}: {width}x{height}, {arguments.integrator} on {renderer.device}, "
         f"ready after {time.perf_counter() - start:.1f} s"
     )
-    job.run(Budget(spp, arguments.seconds))
+    budget = Budget(spp, arguments.seconds)
+    if job.is_spent(budget):
+        _say(f"already at {renderer.film.n_frames} samples per pixel and {job.seconds:.1f} s: nothing left to render")
+    job.run(budget)
 
     image = renderer.image()
     layers = {"color": image}
@@ -253,6 +270,14 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
         _say(f"relMSE {figures['relmse']:.5f}, PSNR {figures['psnr']:.2f} dB, mean {100 * figures['mean_bias']:+.2f} %")
     _say(f"{result['spp']} samples per pixel in {job.seconds:.1f} s: {out}")
     return result
+
+
+def _accepts_files(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _write_picture(out: Path, layers: dict[str, np.ndarray], result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from nrc.kernels import trace as kt
 from nrc.launch import heavy_range, launch
 from nrc.records import Records
 from nrc.scene import Camera
-from nrc.sobol import sobol_points
+from nrc.sobol import bit_reversed, sobol_points
 
 Integrator = Literal["path", "nrc", "cache"]
 _INTEGRATORS = {"path": kt.INTEGRATOR_PATH, "nrc": kt.INTEGRATOR_NRC, "cache": kt.INTEGRATOR_CACHE}
@@ -149,7 +149,7 @@ class PathTracer:
         margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
         self._params: Any = kt.TraceParams()
         self._params.seed = config.seed
-        points: Any = wp.array(sobol_points(SOBOL_BITS, kt.SOBOL_DIMENSIONS), dtype=wp.uint32, device=device)
+        points: Any = wp.array(sobol_points(SOBOL_BITS)[bit_reversed(SOBOL_BITS)], dtype=wp.uint32, device=device)
         self._params.sobol = points
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
         self._params.rr_depth = config.rr_depth
@@ -213,6 +213,8 @@ class PathTracer:
         params = self._params
         params.integrator = _INTEGRATORS[integrator or self.config.integrator]
         params.frame = frame
+        params.sobol_index = int(f"{frame % 2**SOBOL_BITS:0{SOBOL_BITS}b}"[::-1], 2)
+        params.sobol_round = frame // 2**SOBOL_BITS
         params.train = int(n_training_paths > 0 and self.config.integrator != "path")
         n_slots = 0
         if params.train:

@@ -80,7 +80,7 @@ class RenderJob:
         film = self.renderer.film
         last_checkpoint = time.perf_counter()
         with self._interruptible() as stopped, _progress_bar(budget, film.n_frames, enabled=progress) as bar:
-            while not stopped() and not self._spent(budget):
+            while not stopped() and not self.is_spent(budget):
                 start = time.perf_counter()
                 self.renderer.frame()
                 now = time.perf_counter()
@@ -99,30 +99,35 @@ class RenderJob:
             raise ValueError("this job was made without a checkpoint path")
         state = {name: np.ascontiguousarray(value) for name, value in self.renderer.state().items()}
         metadata = {"identity": self.identity, "seconds": repr(self.seconds)}
-        write_atomically(self.checkpoint, lambda temporary: save_file(state, temporary, metadata=metadata))
+        try:
+            write_atomically(self.checkpoint, lambda temporary: save_file(state, temporary, metadata=metadata))
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.checkpoint}: cannot write: {error}") from error
 
-    def _spent(self, budget: Budget) -> bool:
+    def is_spent(self, budget: Budget) -> bool:
+        """Whether nothing is left to render."""
         if budget.spp is not None and self.renderer.film.n_frames >= budget.spp:
             return True
         return budget.seconds is not None and self.seconds >= budget.seconds
 
     @contextmanager
     def _interruptible(self) -> Iterator[Callable[[], bool]]:
-        """Turn the first Ctrl-C into a request to stop after the frame; a second one interrupts at once."""
+        """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the frame; a second interrupts at once."""
         requested = False
 
         def request(_signal: int, _frame: Any) -> None:
             nonlocal requested
             requested = True
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             print("\nstopping after this frame; Ctrl-C again to abort", file=sys.stderr)
 
-        previous = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, request)
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield lambda: requested
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class _ProgressBar:
@@ -167,7 +172,7 @@ def describe(renderer: Renderer) -> dict[str, Any]:
     digest = hashlib.sha256()
     for part in (scene.meshes, scene.materials, scene.lights, scene.environment, scene.camera):
         _hash(part, digest)
-    cache = None
+    cache: dict[str, Any] = {}
     if renderer.cache is not None:
         cache = {**asdict(renderer.cache.config), "batch_size": renderer.cache.batch_size}
     return {
@@ -175,8 +180,8 @@ def describe(renderer: Renderer) -> dict[str, Any]:
         "scene": digest.hexdigest(),
         "width": renderer.tracer.width,
         "height": renderer.tracer.height,
-        "tracer": asdict(renderer.config),
-        "cache": cache,
+        **{f"tracer.{name}": value for name, value in asdict(renderer.config).items()},
+        **{f"cache.{name}": value for name, value in cache.items()},
         "clamp": renderer.film.clamp,
     }
 

@@ -1,7 +1,7 @@
 """Random numbers of paths: Sobol' points for their first vertices, PCG32 behind.
 
-Sobol' points are the same for all pixels of a frame, shifted digitally by a hash of the pixel: a pixel's samples are
-well spread over frames while pixels stay independent. PCG32 (O'Neill 2014) has one stream per pixel and frame, state in
+A pixel's frames go through Sobol' points, in an order and with shifts of the pixel's own: its samples are well spread
+over frames while pixels stay independent. PCG32 (O'Neill 2014) has one stream per pixel and frame, state in
 registers: Warp's own generator has 2^32 states in all, fewer than an image at a thousand samples per pixel draws.
 """
 
@@ -14,6 +14,10 @@ PCG_INCREMENT = wp.constant(wp.uint64(1442695040888963407))
 MIX_A = wp.constant(wp.uint64(0xBF58476D1CE4E5B9))
 MIX_B = wp.constant(wp.uint64(0x94D049BB133111EB))
 GOLDEN = wp.constant(wp.uint64(0x9E3779B97F4A7C15))
+SHUFFLE_A = wp.constant(wp.uint32(0x3D20ADEA))
+SHUFFLE_B = wp.constant(wp.uint32(0x05526C56))
+SHUFFLE_C = wp.constant(wp.uint32(0x53A22864))
+LOW_HALF = wp.constant(wp.uint64(0xFFFFFFFF))
 TO_UNIT = wp.constant(1.0 / 16777216.0)  # 2^-24: the largest result is 1 - 2^-24
 
 
@@ -53,33 +57,39 @@ def rng_float(state: wp.uint64) -> float:
 
 
 @wp.func
-def rng_vec3(state: wp.uint64):
-    """Three uniform numbers in [0, 1), and the state after them."""
+def rng_vec2(state: wp.uint64):
+    """Two uniform numbers in [0, 1), and the state after them."""
     a = rng_next(state)
     b = rng_next(a)
-    c = rng_next(b)
-    return wp.vec3(rng_float(a), rng_float(b), rng_float(c)), c
+    return wp.vec2(rng_float(a), rng_float(b)), b
 
 
 @wp.func
 def sobol_key(seed: int, round: int, index: int) -> wp.uint64:
-    """Key of the digital shifts of path `index`; `round` counts how often the table of points has been used up."""
+    """Key of path `index`; `round` counts how often the table of points has been used up."""
     key = mix64((wp.uint64(wp.uint32(seed)) << wp.uint64(32)) + wp.uint64(wp.uint32(round)))
     return mix64(key ^ (wp.uint64(wp.uint32(index)) * PCG_MULTIPLIER))
 
 
 @wp.func
-def sobol_float(points: wp.array2d[wp.uint32], point: int, dimension: int, key: wp.uint64) -> float:
-    """Coordinate of a shifted Sobol' point, uniform in [0, 1)."""
-    shift = wp.uint32(mix64(key + wp.uint64(wp.uint32(dimension))) >> wp.uint64(32))
-    return float((points[point, dimension] ^ shift) >> wp.uint32(8)) * TO_UNIT
+def sobol_vec2(points: wp.array2d[wp.uint32], reversed_index: int, group: int, key: wp.uint64) -> wp.vec2:
+    """Two-dimensional sample of a path in [0, 1)².
 
-
-@wp.func
-def sobol_vec3(points: wp.array2d[wp.uint32], point: int, dimension: int, key: wp.uint64) -> wp.vec3:
-    """Three consecutive coordinates of a shifted Sobol' point."""
-    return wp.vec3(
-        sobol_float(points, point, dimension, key),
-        sobol_float(points, point, dimension + 1, key),
-        sobol_float(points, point, dimension + 2, key),
-    )
+    Each group of dimensions goes through the points in an order of its own and shifts them digitally. The order is a
+    nested uniform shuffle by hashing (Burley 2020, "Practical Hash-based Owen Scrambling", section 4), so that the
+    first 2^k frames see a (0, 2)-net in every group while groups stay independent of each other. `points` is in bit-reversed
+    order and the index comes bit-reversed, which is what the hash works on.
+    """
+    bits = mix64(key + wp.uint64(wp.uint32(2 * group)))
+    shift = mix64(key + wp.uint64(wp.uint32(2 * group + 1)))
+    seed = wp.uint32(bits >> wp.uint64(32))
+    x = wp.uint32(reversed_index)
+    x ^= x * SHUFFLE_A
+    x += seed
+    x *= (seed >> wp.uint32(16)) | wp.uint32(1)
+    x ^= x * SHUFFLE_B
+    x ^= x * SHUFFLE_C
+    row = int(x & wp.uint32(points.shape[0] - 1))
+    u = points[row, 0] ^ wp.uint32(shift >> wp.uint64(32))
+    v = points[row, 1] ^ wp.uint32(shift & LOW_HALF)
+    return wp.vec2(float(u >> wp.uint32(8)) * TO_UNIT, float(v >> wp.uint32(8)) * TO_UNIT)

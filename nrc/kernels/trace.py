@@ -26,7 +26,7 @@ from nrc.kernels.light import (
     light_pdf_triangle,
     light_sample,
 )
-from nrc.kernels.rng import rng_float, rng_init, rng_next, rng_vec3, sobol_float, sobol_key, sobol_vec3
+from nrc.kernels.rng import rng_float, rng_init, rng_next, rng_vec2, sobol_key, sobol_vec2
 from nrc.kernels.sampling import PI, max_component, to_local, to_world
 from nrc.kernels.scene import (
     MAX_ALPHA_LAYERS,
@@ -47,12 +47,13 @@ INTEGRATOR_PATH = wp.constant(0)
 INTEGRATOR_NRC = wp.constant(1)
 INTEGRATOR_CACHE = wp.constant(2)
 
-# Dimensions of a Sobol' point: film (2), lens (2), then per vertex light selection (1), light (2), BSDF lobe (1) and
-# direction (2).
-SOBOL_FIRST_VERTEX = wp.constant(4)
-SOBOL_PER_VERTEX = wp.constant(6)
+# Groups of two dimensions that follow Sobol' points: film, lens, then per vertex the choice of light and BSDF lobe, the
+# point on the light, and the direction.
+GROUP_FILM = wp.constant(0)
+GROUP_LENS = wp.constant(1)
+GROUP_FIRST_VERTEX = wp.constant(2)
+GROUPS_PER_VERTEX = wp.constant(3)
 SOBOL_VERTICES = wp.constant(2)
-SOBOL_DIMENSIONS = 16
 
 MIN_COS = wp.constant(1.0e-3)  # bounds a vertex' footprint at grazing incidence
 INFINITE = wp.constant(1.0e30)
@@ -65,7 +66,9 @@ class TraceParams:
     integrator: int
     seed: int
     frame: int
-    sobol: wp.array2d[wp.uint32]  # (points, SOBOL_DIMENSIONS), one point per frame
+    sobol: wp.array2d[wp.uint32]  # (points, 2) in bit-reversed order
+    sobol_index: int  # of the frame, bit-reversed
+    sobol_round: int  # how often all points have been used
     max_depth: int  # edges from the camera
     rr_depth: int
     spread_threshold: float  # c of Eq. 4, Müller et al. 2021
@@ -174,12 +177,11 @@ def trace_paths(
     x = i % camera.width
     y = i // camera.width
     rng = rng_init(params.seed, params.frame, i)
-    point = params.frame % params.sobol.shape[0]
-    key = sobol_key(params.seed, params.frame // params.sobol.shape[0], i)
-    film = wp.vec2(sobol_float(params.sobol, point, 0, key), sobol_float(params.sobol, point, 1, key))
+    key = sobol_key(params.seed, params.sobol_round, i)
+    film = sobol_vec2(params.sobol, params.sobol_index, GROUP_FILM, key)
     lens = wp.vec2(0.0, 0.0)
     if camera.aperture_radius > 0.0:
-        lens = wp.vec2(sobol_float(params.sobol, point, 2, key), sobol_float(params.sobol, point, 3, key))
+        lens = sobol_vec2(params.sobol, params.sobol_index, GROUP_LENS, key)
     ray = camera_ray(camera, x, y, film, lens)
     o = ray.o
     d = ray.d
@@ -306,14 +308,20 @@ def trace_paths(
             B = wp.vec3(1.0, 1.0, 1.0)
 
         # Next-event estimation.
-        dimension = SOBOL_FIRST_VERTEX + SOBOL_PER_VERTEX * vertex
+        choice = wp.vec2(0.0, 0.0)  # of the light and of the BSDF lobe
+        on_light = wp.vec2(0.0, 0.0)
+        direction = wp.vec2(0.0, 0.0)
+        if vertex < SOBOL_VERTICES:
+            group = GROUP_FIRST_VERTEX + GROUPS_PER_VERTEX * vertex
+            choice = sobol_vec2(params.sobol, params.sobol_index, group, key)
+            on_light = sobol_vec2(params.sobol, params.sobol_index, group + 1, key)
+            direction = sobol_vec2(params.sobol, params.sobol_index, group + 2, key)
+        else:
+            choice, rng = rng_vec2(rng)
+            on_light, rng = rng_vec2(rng)
+            direction, rng = rng_vec2(rng)
         if smooth:
-            u = wp.vec3(0.0, 0.0, 0.0)
-            if vertex < SOBOL_VERTICES:
-                u = sobol_vec3(params.sobol, point, dimension, key)
-            else:
-                u, rng = rng_vec3(rng)
-            light = light_sample(scene, surface.p, u[0], wp.vec2(u[1], u[2]))
+            light = light_sample(scene, surface.p, choice[0], on_light)
             if light.pdf > 0.0 and max_component(light.value) > 0.0:
                 wi_local = to_local(surface.frame, light.wi)
                 wi_local = wp.vec3(wi_local[0], wi_local[1], flip * wi_local[2])
@@ -334,12 +342,7 @@ def trace_paths(
                         A += wp.cw_mul(B, value)
 
         # Next direction.
-        u = wp.vec3(0.0, 0.0, 0.0)
-        if vertex < SOBOL_VERTICES:
-            u = sobol_vec3(params.sobol, point, dimension + 3, key)
-        else:
-            u, rng = rng_vec3(rng)
-        bounce = bsdf_sample(surface.bsdf, wo_local, u)
+        bounce = bsdf_sample(surface.bsdf, wo_local, wp.vec3(choice[1], direction[0], direction[1]))
         if max_component(bounce.weight) <= 0.0:
             break
         d = wp.normalize(to_world(surface.frame, wp.vec3(bounce.wi[0], bounce.wi[1], flip * bounce.wi[2])))
