@@ -481,9 +481,10 @@ def test_spread_restarts_at_the_query_vertex():
     settings = {"spread_threshold": 150.0, "continuation": 0.0, "unbiased_fraction": 0.0, "rr_depth": 100}
     tracer = tracer_of(furnace(), 16, 16, n_paths=256, max_depth=10, **settings)
     tracer.trace(0, n_training_paths=256)
-    assert (tracer.query_vertex.numpy() == 3).all()  # one bounce spreads to 80 ... 115 a_0, two to four times that
+    # One bounce spreads to 80 ... 115 a_0, two to four times that; one that grazes a facet does not follow this.
+    assert np.mean(tracer.query_vertex.numpy() == 3) > 0.97
     records = records_of(tracer)
-    # vertices 1 ... 4, the fifth is the tail; a bounce that grazes a facet spreads further
+    # vertices 1 ... 4, the fifth is the tail
     assert np.mean(np.bincount(records["slot"], minlength=256) == 4) > 0.97
     assert int(tracer.n_tails.numpy()[0]) == 256
 

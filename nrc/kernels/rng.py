@@ -77,8 +77,8 @@ def sobol_vec2(points: wp.array2d[wp.uint32], reversed_index: int, group: int, k
 
     Each group of dimensions goes through the points in an order of its own and shifts them digitally. The order is a
     nested uniform shuffle by hashing (Burley 2020, "Practical Hash-based Owen Scrambling", section 4), so that the
-    first 2^k frames see a (0, 2)-net in every group while groups stay independent of each other. `points` is in bit-reversed
-    order and the index comes bit-reversed, which is what the hash works on.
+    first 2^k frames see a (0, 2)-net in every group while groups stay independent of each other. `points` is in
+    bit-reversed order and the index comes bit-reversed, which is what the hash works on.
     """
     bits = mix64(key + wp.uint64(wp.uint32(2 * group)))
     shift = mix64(key + wp.uint64(wp.uint32(2 * group + 1)))
