@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import warp as wp
 
 from nrc.renderer import Renderer
 
@@ -63,7 +62,6 @@ def debug_views(renderer: Renderer) -> dict[str, np.ndarray]:
     direct = tracer.radiance.numpy().copy()
     direct[asked] += tracer.query_weight.numpy()[asked] * answer[tracer.query_place.numpy()[asked]]
     views["cache"] = direct.reshape(h, w, 3)
-    wp.synchronize_device(tracer.device)
     return views
 
 
