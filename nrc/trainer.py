@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from .field import Field, check_count, check_rows, one_of, otype_of, parse_options
+from .config import one_of, otype_of, parse_optimizer, parse_options
+from .field import Field, check_count, check_rows
 from .kernels import encoding as enc
 from .kernels import loss as losses
 from .kernels import network as net
@@ -292,31 +293,6 @@ class Trainer:
         if self.optimizer.ema_decay is not None:
             kernels["moving average"] = self._debias
         return kernels
-
-
-def parse_optimizer(config: Mapping[str, Any]) -> opt.Optimizer:
-    """Turn a tiny-cuda-nn style dictionary into an `Optimizer`. Raises ValueError."""
-    wrappers = {
-        "Ema": ({"decay": 0.99}, {"decay": "ema_decay"}),
-        "ExponentialDecay": (
-            {"decay_base": 0.1, "decay_interval": 10000, "decay_start": 10000, "decay_end": 10000000},
-            {},
-        ),
-    }
-    values: dict[str, Any] = {}
-    seen: set[str] = set()
-    while True:
-        otype = one_of(otype_of(config, "Adam"), ("Adam", *wrappers), "optimizer otype")
-        if otype in seen:
-            raise ValueError(f"optimizer {otype} is nested in itself")
-        seen.add(otype)
-        if otype == "Adam":
-            defaults = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "l2_reg": 1e-8}
-            return opt.Optimizer(**parse_options(config, defaults, "Adam optimizer"), **values)
-        defaults, names = wrappers[otype]
-        options = parse_options(config, {**defaults, "nested": {}}, f"{otype} optimizer")
-        config = options.pop("nested")
-        values |= {names.get(key, key): value for key, value in options.items()}
 
 
 def _bias_correction(optimizer: opt.Optimizer) -> np.ndarray:

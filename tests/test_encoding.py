@@ -5,9 +5,11 @@ import pytest
 import reference_learning as reference
 import warp as wp
 
-from nrc.field import parse_encoding
+from nrc.config import parse_encoding
 from nrc.kernels.encoding import UNIQUE, make_encode, make_encode_backward
-from nrc.kernels.encoding_wide import BLOCK, VECTOR_SOURCE, encode_block_source, make_encode_grid_wide
+from nrc.kernels.encoding_wide import BLOCK, encode_block_source
+from nrc.kernels.grid_wide import make_encode_grid_wide
+from nrc.kernels.vectors import VECTOR_SOURCE
 
 TOLERANCE = 2e-6  # a few roundings of values of order one
 GRID = {

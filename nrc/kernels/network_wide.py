@@ -9,9 +9,10 @@ from functools import cache
 import warp as wp
 
 from .encoding import UNIQUE, Encoding, n_valid_rows
-from .encoding_wide import BLOCK, VECTOR_SOURCE, encode_block_source
+from .encoding_wide import BLOCK, encode_block_source
 from .loss import loss_source
 from .network import LEAKY_SLOPE, MAX_GRADIENT, Network
+from .vectors import VECTOR_SOURCE
 
 wp.set_module_options({"enable_backward": False})
 

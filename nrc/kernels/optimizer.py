@@ -14,7 +14,8 @@ from functools import cache
 import warp as wp
 
 from .encoding import UNIQUE, Encoding, Part, n_valid_rows
-from .encoding_wide import VECTOR_SOURCE, gather_points_source, grid_corners_source
+from .grid_wide import gather_points_source, grid_corners_source
+from .vectors import VECTOR_SOURCE
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 4})
 
