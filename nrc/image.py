@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import OpenEXR
 from PIL import Image, UnidentifiedImageError
+
+from nrc.files import write_atomically
 
 FLOAT_EXTENSIONS = (".exr", ".hdr", ".pfm")
 BYTE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tga", ".tif", ".tiff", ".webp")
@@ -132,11 +134,11 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         if image.shape[2] != 3:
             raise ImageError(f"{path}: .hdr holds 3 channels, got {image.shape[2]}")
         encoded = _encode_hdr(image)
-        write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
+        write_atomically(path, lambda temporary: temporary.write_bytes(encoded), ImageError)
     elif extension == ".png":
         pixels = image if image.dtype == np.uint8 else to_srgb8(image)
         picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        write_atomically(path, lambda temporary: picture.save(temporary))
+        write_atomically(path, lambda temporary: picture.save(temporary), ImageError)
     else:
         raise ImageError(f"{path}: cannot write '{extension}'; supported: {', '.join(WRITE_EXTENSIONS)}")
 
@@ -174,7 +176,7 @@ def write_exr(
             full_name = name if layer == "color" else f"{layer}.{name}"
             channels[full_name] = np.ascontiguousarray(image[:, :, i], dtype=np.float32)
     header = {**(metadata or {}), "compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-    write_atomically(path, lambda temporary: OpenEXR.File(header, channels).write(str(temporary)))
+    write_atomically(path, lambda temporary: OpenEXR.File(header, channels).write(str(temporary)), ImageError)
 
 
 def srgb_encode(linear: np.ndarray) -> np.ndarray:
@@ -230,21 +232,6 @@ def _check_readable(path: Path) -> None:
 def _read_bytes(path: Path) -> bytes:
     _check_readable(path)
     return path.read_bytes()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if not path.parent.is_dir():
-            reason = f"no folder {path.parent}"
-        raise ImageError(f"{path}: cannot be written ({reason})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_bytes_image(path: Path) -> np.ndarray:

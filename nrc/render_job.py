@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from nrc.image import write_atomically
 from nrc.renderer import Renderer
+from nrc.snapshot import SnapshotError, load_tensors, save_tensors
 
+CHECKPOINT_KIND = "nrc.render"
 CHECKPOINT_SECONDS = 30.0  # at most this much is lost when the process is killed
 
 
@@ -52,7 +51,7 @@ class RenderJob:
 
     def __init__(self, renderer: Renderer, identity: dict[str, Any], checkpoint: Path | None = None) -> None:
         self.renderer, self.checkpoint = renderer, checkpoint
-        self.identity = json.dumps(identity, sort_keys=True)
+        self.identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
         self.seconds = 0.0
         self.interrupted = False
 
@@ -62,18 +61,16 @@ class RenderJob:
         if path is None or not path.is_file():
             raise CheckpointError(f"{path}: no checkpoint to resume from")
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-        mine, theirs = json.loads(self.identity), json.loads(metadata.get("identity", "{}"))
+            state, config = load_tensors(path, kind=CHECKPOINT_KIND)
+        except SnapshotError as error:
+            raise CheckpointError(str(error)) from error
+        mine, theirs = self.identity, config["identity"]
         differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         if differing:
             listed = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in differing)
             raise CheckpointError(f"{path}: belongs to another render: {listed}")
         self.renderer.load_state(state)
-        self.seconds = float(metadata["seconds"])
+        self.seconds = config["seconds"]
 
     def run(self, budget: Budget, *, progress: bool = True) -> None:
         """Render frames until the budget is spent or Ctrl-C; the frame under way is always finished."""
@@ -97,12 +94,15 @@ class RenderJob:
         """Write the checkpoint; a crash in between leaves the older one."""
         if self.checkpoint is None:
             raise ValueError("this job was made without a checkpoint path")
-        state = {name: np.ascontiguousarray(value) for name, value in self.renderer.state().items()}
-        metadata = {"identity": self.identity, "seconds": repr(self.seconds)}
         try:
-            write_atomically(self.checkpoint, lambda temporary: save_file(state, temporary, metadata=metadata))
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.checkpoint}: cannot write: {error}") from error
+            save_tensors(
+                self.checkpoint,
+                self.renderer.state(),
+                {"identity": self.identity, "seconds": self.seconds},
+                kind=CHECKPOINT_KIND,
+            )
+        except SnapshotError as error:
+            raise CheckpointError(str(error)) from error
 
     def is_spent(self, budget: Budget) -> bool:
         """Whether nothing is left to render."""

@@ -1,0 +1,26 @@
+"""Writing a file in one step: it is there complete, or the older one still is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], error: type[ValueError] = ValueError) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    A process that dies in between leaves the older file as it was, and perhaps a hidden temporary one beside it. Raises
+    `error`, naming the file and the reason, where `write` fails or the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError, TypeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        if not path.parent.is_dir():
+            reason = f"no folder {path.parent}"
+        raise error(f"{path}: cannot be written ({reason})") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
