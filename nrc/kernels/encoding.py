@@ -1,91 +1,44 @@
-"""Input encodings: hash grid, triangle wave, one-blob, identity, and their composite.
+"""Input encodings put together: the columns and parameters of their parts, their functions of one sample, kernels.
 
-Each encoding is a frozen config. `make_encode` turns it into a Warp function for one sample, `make_encode_backward`
-into its derivative by the inputs and `make_accumulate_grid` into the gradient of a grid's table: the CUDA path, and the
-readable twin of `encoding_wide.py`, the CPU path.
+Each encoding is a frozen config (`encoding_parts.py`, `grid.py`). `make_encode` turns their composite into a Warp
+function for one sample, `make_encode_backward` into its derivative by the inputs: the CUDA path, and the readable twin
+of `encoding_wide.py`, the CPU path.
 
 Inputs live in [0, 1]; grids clamp what lies outside. Semantics, names and defaults are those of tiny-cuda-nn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import warp as wp
 
-from .grid import HashGrid, grid_coordinate, make_grid_corner
+from . import encoding_parts as parts
+from . import grid
+from .encoding_parts import Part, SphericalHarmonics
 
 wp.set_module_options({"enable_backward": False})
 
 UNIQUE = {"enable_backward": False, "max_unroll": 4}  # options of every kernel made by a factory
 
-
-@dataclass(frozen=True)
-class TriangleWave:
-    """Triangle waves of `n_frequencies` octaves per input, a cheap sine (Müller et al. 2021, sec. 5)."""
-
-    n_dims: int
-    n_frequencies: int = 12
-    n_params = 0
-    pad_value = 1.0
-
-    @property
-    def n_output_dims(self) -> int:
-        return self.n_dims * self.n_frequencies
-
-
-@dataclass(frozen=True)
-class OneBlob:
-    """Quartic blob spread over `n_bins` bins per input (Müller et al. 2019).
-
-    `wrap` joins the ends of [0, 1], as tiny-cuda-nn does; without it the tails fall into the end bins.
-    """
-
-    n_dims: int
-    n_bins: int = 16
-    wrap: bool = True
-    n_params = 0
-    pad_value = 1.0
-
-    def __post_init__(self) -> None:
-        if self.n_bins < 1 or self.n_bins & (self.n_bins - 1):
-            raise ValueError(f"n_bins must be a power of two, got {self.n_bins}")
-
-    @property
-    def n_output_dims(self) -> int:
-        return self.n_dims * self.n_bins
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The inputs themselves: `scale` * x + `offset`."""
-
-    n_dims: int
-    scale: float = 1.0
-    offset: float = 0.0
-    n_params = 0
-    pad_value = 1.0
-
-    @property
-    def n_output_dims(self) -> int:
-        return self.n_dims
-
-
-@dataclass(frozen=True)
-class Part:
-    """An encoding at its place: first input column, first output column, first parameter of the flat buffer."""
-
-    config: Any  # HashGrid, TriangleWave, OneBlob or Identity
-    first_input: int
-    first_output: int
-    first_param: int
+# Factories of a part's functions (forward, backward)
+_FUNCTIONS = {
+    parts.Identity: (parts.make_encode_identity, parts.make_backward_identity),
+    parts.Frequency: (parts.make_encode_frequency, parts.make_backward_frequency),
+    parts.TriangleWave: (parts.make_encode_triangle_wave, parts.make_backward_triangle_wave),
+    parts.OneBlob: (parts.make_encode_one_blob, parts.make_backward_one_blob),
+    SphericalHarmonics: (parts.make_encode_spherical_harmonics, parts.make_backward_spherical_harmonics),
+    grid.Grid: (grid.make_encode_grid, grid.make_backward_grid),
+}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Concatenated parts, padded to a multiple of 16 columns with the last part's pad value."""
+    """Concatenated parts in `n_padded` columns, a multiple of 16. Made by `compose`."""
 
     parts: tuple[Part, ...]
+    n_padded: int
 
     @property
     def n_input_dims(self) -> int:
@@ -93,15 +46,34 @@ class Encoding:
 
     @property
     def n_output_dims(self) -> int:
-        return self.parts[-1].first_output + self.parts[-1].config.n_output_dims
+        """Columns without the final padding."""
+        return self.n_padded - self.final_padding[1]
 
     @property
-    def n_padded(self) -> int:
-        return -(-self.n_output_dims // 16) * 16
+    def final_padding(self) -> tuple[int, int]:
+        """(first column, number) of the constant columns that fill up to `n_padded`."""
+        last = self.parts[-1]
+        if isinstance(last.config, SphericalHarmonics):
+            first = self.parts[-2].end_output if len(self.parts) > 1 else 0
+            return first, last.first_output - first
+        return last.end_output, self.n_padded - last.end_output
 
     @property
-    def pad_value(self) -> float:
-        return self.parts[-1].config.pad_value
+    def gaps(self) -> tuple[tuple[int, int, float], ...]:
+        """(first column, end, value) of the constant columns between the parts and behind them."""
+        gaps, column, owner = [], 0, self.parts[0]
+        for part in self.parts:
+            if part.first_output > column:
+                owner = part if isinstance(part.config, SphericalHarmonics) else owner
+                gaps.append((column, part.first_output, owner.config.pad_value))
+            column, owner = part.end_output, part
+        if self.n_padded > column:
+            gaps.append((column, self.n_padded, owner.config.pad_value))
+        return tuple(gaps)
+
+    @property
+    def first_param(self) -> int:
+        return self.parts[0].first_param
 
     @property
     def n_params(self) -> int:
@@ -109,11 +81,31 @@ class Encoding:
 
     @property
     def grids(self) -> tuple[Part, ...]:
-        return tuple(p for p in self.parts if isinstance(p.config, HashGrid))
+        return tuple(p for p in self.parts if isinstance(p.config, grid.Grid))
 
     def gradient_row(self, part: Part) -> int:
         """First row of `part`'s levels in the dL_dgrid buffer, which holds one row of samples per grid level."""
         return sum(p.config.n_levels for p in self.grids if p.first_output < part.first_output)
+
+
+def compose(configs: Sequence[tuple[Any, int]], first_param: int) -> Encoding:
+    """Put (config, first input column) pairs side by side, their parameters one after the other from `first_param` on.
+
+    As in tiny-cuda-nn, an encoding is padded so that the next one starts at a multiple of its `alignment`, and the last
+    one to a multiple of 16. Raises ValueError if the parameters cannot be counted in 32 bits.
+    """
+    placed = []
+    column, param = 0, first_param
+    for i, (config, first_input) in enumerate(configs):
+        alignment = configs[i + 1][0].alignment if i + 1 < len(configs) else 16
+        end = -(-(column + config.n_output_dims) // alignment) * alignment
+        padded_first = isinstance(config, SphericalHarmonics)
+        first_output = end - config.n_output_dims if padded_first else column
+        placed.append(Part(config, first_input, first_output, param))
+        column, param = end, param + config.n_params
+    if param > grid.MAX_PARAMS:
+        raise ValueError(f"{param} parameters are more than 2^31 - 1")
+    return Encoding(tuple(placed), column)
 
 
 @wp.func
@@ -124,22 +116,22 @@ def n_valid_rows(n_rows: int, count: wp.array[int]):
     return n_rows
 
 
-# One sample at a time, in Warp
-
-
 @cache
 def make_encode(encoding: Encoding):
     """Function (x, i, params) -> vector of `n_padded` encoded values of row i."""
     Code = wp.types.vector(length=encoding.n_padded, dtype=float)
-    pad_value = float(encoding.pad_value)
+    values = [0.0] * encoding.n_padded
+    for begin, end, value in encoding.gaps:
+        values[begin:end] = [value] * (end - begin)
+    padding = wp.constant(Code(*values))
 
     @wp.func
     def start(x: wp.array2d[float], i: int, params: wp.array[float]):
-        return Code(pad_value)
+        return padding
 
     encode = start
     for part in encoding.parts:
-        encode = _then(encode, _ENCODE[type(part.config)](part, Code))
+        encode = _then(encode, _FUNCTIONS[type(part.config)][0](part, Code))
     return encode
 
 
@@ -149,119 +141,6 @@ def _then(head, tail):
         return tail(x, i, params, head(x, i, params))
 
     return encode
-
-
-def _make_encode_identity(part: Part, Code):
-    n_dims, scale, offset = part.config.n_dims, float(part.config.scale), float(part.config.offset)
-    first_input, first_output = part.first_input, part.first_output
-
-    @wp.func
-    def encode_identity(x: wp.array2d[float], i: int, params: wp.array[float], code: Code):
-        y = code
-        for d in range(n_dims):
-            y[first_output + d] = scale * x[i, first_input + d] + offset
-        return y
-
-    return encode_identity
-
-
-def _make_encode_triangle_wave(part: Part, Code):
-    n_dims, n_frequencies = part.config.n_dims, part.config.n_frequencies
-    first_input, first_output = part.first_input, part.first_output
-
-    @wp.func
-    def encode_triangle_wave(x: wp.array2d[float], i: int, params: wp.array[float], code: Code):
-        y = code
-        for d in range(n_dims):
-            frequency = float(0.5)
-            for k in range(n_frequencies):
-                v = x[i, first_input + d] * frequency + 0.25 * float(k)
-                y[first_output + d * n_frequencies + k] = 4.0 * wp.abs(v - wp.floor(v) - 0.5) - 1.0
-                frequency = 2.0 * frequency
-        return y
-
-    return encode_triangle_wave
-
-
-@wp.func
-def quartic_cdf(x: float, inv_radius: float):
-    """Integral of the quartic kernel 15/16 (1 - u²)² up to u = x * inv_radius."""
-    u = x * inv_radius
-    u2 = u * u
-    return wp.clamp(15.0 / 16.0 * u * (1.0 - 2.0 / 3.0 * u2 + 0.2 * u2 * u2) + 0.5, 0.0, 1.0)
-
-
-@wp.func
-def wrapped_cdf(x: float, inv_radius: float):
-    return quartic_cdf(x, inv_radius) + quartic_cdf(x - 1.0, inv_radius) + quartic_cdf(x + 1.0, inv_radius)
-
-
-def _make_encode_one_blob(part: Part, Code):
-    n_dims, n_bins, wrap = part.config.n_dims, part.config.n_bins, part.config.wrap
-    first_input, first_output = part.first_input, part.first_output
-    inv_radius = float(n_bins)
-
-    @wp.func
-    def encode_one_blob(x: wp.array2d[float], i: int, params: wp.array[float], code: Code):
-        y = code
-        for d in range(n_dims):
-            v = x[i, first_input + d]
-            left = float(0.0)
-            if wp.static(wrap):
-                left = wrapped_cdf(-v, inv_radius)
-            for k in range(n_bins):
-                boundary = float(k + 1) / inv_radius
-                right = float(1.0)
-                if wp.static(wrap):
-                    right = wrapped_cdf(boundary - v, inv_radius)
-                else:
-                    if k < n_bins - 1:
-                        right = quartic_cdf(boundary - v, inv_radius)
-                y[first_output + d * n_bins + k] = right - left
-                left = right
-        return y
-
-    return encode_one_blob
-
-
-def _make_encode_grid(part: Part, Code):
-    grid = part.config
-    grid_corner = make_grid_corner(grid)
-    n_dims, n_levels, n_features = grid.n_dims, grid.n_levels, grid.n_features_per_level
-    n_corners = 1 << n_dims
-    first_input, first_output, first_param = part.first_input, part.first_output, part.first_param
-    Point = wp.types.vector(length=n_dims, dtype=float)
-    Ints = wp.types.vector(length=n_levels, dtype=wp.int32)
-    first_entries = wp.constant(Ints(*[level.first_entry for level in grid.levels]))
-
-    @wp.func
-    def encode_grid(x: wp.array2d[float], i: int, params: wp.array[float], code: Code):
-        y = code
-        point = Point()
-        for d in range(n_dims):
-            point[d] = x[i, first_input + d]
-        for level in range(n_levels):
-            for f in range(n_features):
-                y[first_output + level * n_features + f] = 0.0
-            for corner in range(n_corners):
-                entry, weight = grid_corner(point, level, corner)
-                at = first_param + (first_entries[level] + entry) * n_features
-                for f in range(n_features):
-                    y[first_output + level * n_features + f] += weight * params[at + f]
-        return y
-
-    return encode_grid
-
-
-_ENCODE = {
-    Identity: _make_encode_identity,
-    TriangleWave: _make_encode_triangle_wave,
-    OneBlob: _make_encode_one_blob,
-    HashGrid: _make_encode_grid,
-}
-
-
-# Derivatives by the inputs. At a kink (a triangle wave's turn, a cell's face) they are those of one side.
 
 
 @cache
@@ -276,7 +155,7 @@ def make_encode_backward(encoding: Encoding):
 
     backward = start
     for part in encoding.parts:
-        backward = _then_backward(backward, _ENCODE_BACKWARD[type(part.config)](part, Code, Input), Code)
+        backward = _then_backward(backward, _FUNCTIONS[type(part.config)][1](part, Code, Input), Code)
     return backward
 
 
@@ -288,174 +167,109 @@ def _then_backward(head, tail, Code):
     return backward
 
 
-def _make_backward_identity(part: Part, Code, Input):
-    n_dims, scale = part.config.n_dims, float(part.config.scale)
-    first_input, first_output = part.first_input, part.first_output
-
-    @wp.func
-    def backward_identity(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
-        g = dL_dx
-        for d in range(n_dims):
-            g[first_input + d] += scale * dL_dcode[first_output + d]
-        return g
-
-    return backward_identity
-
-
-def _make_backward_triangle_wave(part: Part, Code, Input):
-    n_dims, n_frequencies = part.config.n_dims, part.config.n_frequencies
-    first_input, first_output = part.first_input, part.first_output
-
-    @wp.func
-    def backward_triangle_wave(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
-        g = dL_dx
-        for d in range(n_dims):
-            frequency = float(0.5)
-            for k in range(n_frequencies):
-                v = x[i, first_input + d] * frequency + 0.25 * float(k)
-                slope = 4.0 * frequency
-                if v - wp.floor(v) < 0.5:
-                    slope = -slope
-                g[first_input + d] += slope * dL_dcode[first_output + d * n_frequencies + k]
-                frequency = 2.0 * frequency
-        return g
-
-    return backward_triangle_wave
-
-
-@wp.func
-def quartic_pdf(x: float, inv_radius: float):
-    """Derivative of `quartic_cdf` by x."""
-    u = x * inv_radius
-    rest = wp.max(1.0 - u * u, 0.0)
-    return 15.0 / 16.0 * inv_radius * rest * rest
-
-
-@wp.func
-def wrapped_pdf(x: float, inv_radius: float):
-    return quartic_pdf(x, inv_radius) + quartic_pdf(x - 1.0, inv_radius) + quartic_pdf(x + 1.0, inv_radius)
-
-
-def _make_backward_one_blob(part: Part, Code, Input):
-    n_dims, n_bins, wrap = part.config.n_dims, part.config.n_bins, part.config.wrap
-    first_input, first_output = part.first_input, part.first_output
-    inv_radius = float(n_bins)
-
-    @wp.func
-    def backward_one_blob(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
-        g = dL_dx
-        for d in range(n_dims):
-            v = x[i, first_input + d]
-            left = float(0.0)
-            if wp.static(wrap):
-                left = wrapped_pdf(-v, inv_radius)
-            for k in range(n_bins):
-                boundary = float(k + 1) / inv_radius
-                right = float(0.0)
-                if wp.static(wrap):
-                    right = wrapped_pdf(boundary - v, inv_radius)
-                else:
-                    if k < n_bins - 1:
-                        right = quartic_pdf(boundary - v, inv_radius)
-                g[first_input + d] += (left - right) * dL_dcode[first_output + d * n_bins + k]
-                left = right
-        return g
-
-    return backward_one_blob
-
-
-def _make_backward_grid(part: Part, Code, Input):
-    grid = part.config
-    grid_corner = make_grid_corner(grid)
-    n_dims, n_levels, n_features = grid.n_dims, grid.n_levels, grid.n_features_per_level
-    n_corners = 1 << n_dims
-    first_input, first_output, first_param = part.first_input, part.first_output, part.first_param
-    Point = wp.types.vector(length=n_dims, dtype=float)
-    Floats = wp.types.vector(length=n_levels, dtype=float)
-    Ints = wp.types.vector(length=n_levels, dtype=wp.int32)
-    scales = wp.constant(Floats(*[level.scale for level in grid.levels]))
-    first_entries = wp.constant(Ints(*[level.first_entry for level in grid.levels]))
-
-    @wp.func
-    def backward_grid(x: wp.array2d[float], i: int, params: wp.array[float], dL_dcode: Code, dL_dx: Input):
-        g = dL_dx
-        point = Point()
-        for d in range(n_dims):
-            point[d] = x[i, first_input + d]
-        for level in range(n_levels):
-            for corner in range(n_corners):
-                entry, _weight = grid_corner(point, level, corner)
-                at = first_param + (first_entries[level] + entry) * n_features
-                dL_dweight = float(0.0)
-                for f in range(n_features):
-                    dL_dweight += dL_dcode[first_output + level * n_features + f] * params[at + f]
-                for d in range(n_dims):
-                    if point[d] >= 0.0 and point[d] <= 1.0:  # constant where clamped
-                        slope = scales[level]  # of this input's factor of the weight, times the other factors
-                        for e in range(n_dims):
-                            p = grid_coordinate(point[e], scales[level])
-                            fraction = p - wp.floor(p)
-                            if e == d:
-                                if ((corner >> e) & 1) == 0:
-                                    slope = -slope
-                            elif ((corner >> e) & 1) == 1:
-                                slope = slope * fraction
-                            else:
-                                slope = slope * (1.0 - fraction)
-                        g[first_input + d] += slope * dL_dweight
-        return g
-
-    return backward_grid
-
-
-_ENCODE_BACKWARD = {
-    Identity: _make_backward_identity,
-    TriangleWave: _make_backward_triangle_wave,
-    OneBlob: _make_backward_one_blob,
-    HashGrid: _make_backward_grid,
-}
+# Kernels. Codes in memory come with the final padding's columns or without: without, the columns behind it move up.
 
 
 @cache
-def make_accumulate_grid(encoding: Encoding, part: Part):
-    """Kernel that adds the table gradient of one grid for all samples."""
-    grid = part.config
-    grid_corner = make_grid_corner(grid)
-    n_dims, n_features = grid.n_dims, grid.n_features_per_level
-    n_corners = 1 << n_dims
-    first_input, first_param, first_row = part.first_input, part.first_param, encoding.gradient_row(part)
-    Point = wp.types.vector(length=n_dims, dtype=float)
-    Ints = wp.types.vector(length=grid.n_levels, dtype=wp.int32)
-    first_entries = wp.constant(Ints(*[level.first_entry for level in grid.levels]))
+def make_encode_rows(encoding: Encoding):
+    """Kernel that encodes rows of `x`."""
+    encode, n_padded = make_encode(encoding), encoding.n_padded
+    padding_begin, n_padding = encoding.final_padding
 
     @wp.kernel(module="unique", module_options=UNIQUE)
-    def accumulate_grid_gradient(
+    def encode_rows(
         first: int,
         # Params
-        n_lanes: int,
+        params: wp.array[float],
         # In
-        state: wp.array[int],  # [go, n_rows, ...], see optimizer.py
+        n_rows: int,
+        count: wp.array[int],  # (1) or empty
         x: wp.array2d[float],  # (capacity, n_input_dims)
-        dL_dgrid: wp.array3d[float],  # (levels, capacity, n_features_per_level)
-        # In/out
-        dL_dparams: wp.array[float],
+        # Out
+        out_code: wp.array2d[float],  # (capacity, n_output_dims)
     ):
-        """Scatter dL_dgrid into the table. One thread per (level, lane); a lane takes every n_lanes-th sample.
-
-        On the CPU n_lanes is 1, so that each level has one writer.
-        """
+        """Encode one row, without the final padding. One thread per row."""
         i = first + wp.tid()
-        level = i // n_lanes
-        if state[0] == 0:
+        if i >= n_valid_rows(n_rows, count):
             return
-        for s in range(i % n_lanes, state[1], n_lanes):
-            point = Point()
-            for d in range(n_dims):
-                point[d] = x[s, first_input + d]
-            for corner in range(n_corners):
-                entry, weight = grid_corner(point, level, corner)
-                at = first_param + (first_entries[level] + entry) * n_features
-                for f in range(n_features):
-                    wp.atomic_add(dL_dparams, at + f, weight * dL_dgrid[first_row + level, s, f])
+        code = encode(x, i, params)
+        for k in range(padding_begin):
+            out_code[i, k] = code[k]
+        for k in range(padding_begin + n_padding, n_padded):
+            out_code[i, k - n_padding] = code[k]
 
-    return accumulate_grid_gradient
+    return encode_rows
+
+
+@cache
+def make_input_gradient(encoding: Encoding, dtype: type):
+    """Kernel that carries gradients of codes, of type `dtype`, on to the inputs."""
+    encode_backward, n_padded, n_dims = make_encode_backward(encoding), encoding.n_padded, encoding.n_input_dims
+    padding_begin, n_padding = encoding.final_padding
+    Code = wp.types.vector(length=n_padded, dtype=float)
+
+    @wp.kernel(module="unique", module_options=UNIQUE)
+    def accumulate_input_gradient(
+        first: int,
+        # Params
+        params: wp.array[float],
+        gradient_scale: float,
+        # In
+        n_rows: int,
+        count: wp.array[int],  # (1) or empty
+        x: wp.array2d[float],  # (capacity, n_input_dims)
+        dL_dcode: wp.array2d[dtype],  # (capacity, n_padded or n_output_dims)
+        # In/out
+        dL_dx: wp.array2d[float],  # (capacity, n_input_dims)
+    ):
+        """Add gradient_scale times the gradient of the inputs. One thread per row."""
+        i = first + wp.tid()
+        if i >= n_valid_rows(n_rows, count):
+            return
+        moved = n_padded - dL_dcode.shape[1]
+        upstream = Code()
+        for k in range(padding_begin):
+            upstream[k] = float(dL_dcode[i, k])
+        for k in range(padding_begin + n_padding, n_padded):
+            upstream[k] = float(dL_dcode[i, k - moved])
+        gradient = encode_backward(x, i, params, upstream)
+        for d in range(n_dims):
+            dL_dx[i, d] = dL_dx[i, d] + gradient_scale * gradient[d]
+
+    return accumulate_input_gradient
+
+
+@cache
+def make_split_gradient(encoding: Encoding):
+    """Kernel that sorts the grid columns of gradients of codes by level, as the tables' gradients need them."""
+    padding_end, n_padded = sum(encoding.final_padding), encoding.n_padded
+    n_levels = sum(part.config.n_levels for part in encoding.grids)
+    columns, widths = [0] * max(1, n_levels), [0] * max(1, n_levels)
+    for part in encoding.grids:
+        for level in range(part.config.n_levels):
+            row, width = encoding.gradient_row(part) + level, part.config.n_features_per_level
+            columns[row], widths[row] = part.first_output + level * width, width
+    first_column, n_columns = grid.make_table(tuple(columns)), grid.make_table(tuple(widths))
+
+    @wp.kernel(module="unique", module_options=UNIQUE)
+    def split_gradient(
+        first: int,
+        # In
+        n_rows: int,
+        count: wp.array[int],  # (1) or empty
+        dL_dcode: wp.array2d[float],  # (capacity, n_padded or n_output_dims)
+        # Out
+        out_dL_dgrid: wp.array3d[float],  # (levels, capacity, n_features_per_level)
+    ):
+        """Copy the gradients of a row's grid features. One thread per row."""
+        i = first + wp.tid()
+        if i >= n_valid_rows(n_rows, count):
+            return
+        for level in range(n_levels):
+            column = first_column(level)
+            if column >= padding_end:
+                column -= n_padded - dL_dcode.shape[1]
+            for f in range(n_columns(level)):
+                out_dL_dgrid[level, i, f] = dL_dcode[i, column + f]
+
+    return split_gradient
