@@ -1,119 +1,97 @@
 """The network on the CPU: C++ with vector types over blocks of samples.
 
-Every layer is a matrix product whose tiles of 4 samples x 64 neurons stay in registers. A chunk of rows owns its weight
-gradient; the chunks are summed in order afterwards, so that threads neither race nor change the result.
+Activations of a block are kept neuron by neuron, the samples of a neuron in consecutive vectors: layers, encodings,
+activation functions and losses then work on 16 samples at once without rearranging anything. Every layer is a matrix
+product (`matrix_wide.py`). A chunk of rows owns its weight gradient; the chunks are summed in order afterwards, so that
+threads neither race nor change the result.
 """
 
 from functools import cache
 
 import warp as wp
 
+from .activation import activate_source, activation_functions, derivative_source, needs_sum
 from .encoding import UNIQUE, Encoding, n_valid_rows
-from .encoding_wide import BLOCK, encode_block_source
+from .encoding_wide import BLOCK, encode_columns_source
 from .loss import loss_source
-from .network import LEAKY_SLOPE, MAX_GRADIENT, Network
+from .matrix_wide import LAYER_SOURCE, TRANSPOSE_SOURCE, WEIGHT_GRADIENT_SOURCE
+from .network import MAX_GRADIENT, Network
 from .vectors import VECTOR_SOURCE
 
 wp.set_module_options({"enable_backward": False})
 
-# c[i, j] = store(sum_k a[i, k] b[k, j]) for i < m, j < n; a's strides are free, rows of b and c are contiguous.
-# A tile of r rows x 16 w columns stays in registers over the whole of k.
-_PRODUCT_SOURCE = """
-struct one { enum { value = 1 }; };
-struct two { enum { value = 2 }; };
-struct four { enum { value = 4 }; };
-auto tile = [&](auto rows, auto width, float* c, int ldc, const float* a, int row, int step,
-                const float* b, int ldb, int n_k, auto store) __attribute__((always_inline)) {
-    constexpr int r = decltype(rows)::value, w = decltype(width)::value;
-    f16 sum[r][w];
-    #pragma unroll
-    for (int i = 0; i < r; ++i)
-        #pragma unroll
-        for (int j = 0; j < w; ++j) sum[i][j] = zero;
-    for (int k = 0; k < n_k; ++k) {
-        #pragma unroll
-        for (int i = 0; i < r; ++i)
-            #pragma unroll
-            for (int j = 0; j < w; ++j) sum[i][j] += a[i * row + k * step] * *(const f16*)(b + k * ldb + 16 * j);
-    }
-    #pragma unroll
-    for (int i = 0; i < r; ++i)
-        #pragma unroll
-        for (int j = 0; j < w; ++j) *(f16*)(c + i * ldc + 16 * j) = store(sum[i][j], c + i * ldc + 16 * j);
-};
-auto product = [&](float* c, int ldc, const float* a, int row, int step, const float* b, int ldb,
-                   int m, int n, int n_k, auto store) __attribute__((always_inline)) {
-    int j = 0;
-    auto columns = [&](auto width) __attribute__((always_inline)) {
-        int i = 0;
-        for (; i + 4 <= m; i += 4)
-            tile(four{}, width, c + i * ldc + j, ldc, a + i * row, row, step, b + j, ldb, n_k, store);
-        for (; i < m; ++i) tile(one{}, width, c + i * ldc + j, ldc, a + i * row, row, step, b + j, ldb, n_k, store);
-    };
-    for (; j + 64 <= n; j += 64) columns(four{});
-    if (j + 32 <= n) { columns(two{}); j += 32; }
-    if (j < n) columns(one{});
-};
-auto sum16 = [](f16 v) {
-    auto a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[1]) + (b[2] + b[3]);
-};
+MAX_SCRATCH = 6 << 20  # bytes of a thread's stack that a block may take
+
+# Whether n values, a multiple of 16, are numbers below MAX_GRADIENT in magnitude
+_FINITE_SOURCE = f"""
+auto all_finite = [&](const float* values, int n) {{
+    i16 wrong = {{}};
+    for (int i = 0; i < n; i += 16) {{
+        const f16 v = *(const f16*)(values + i);
+        wrong |= ~((v < zero + {MAX_GRADIENT!r}f) & (v > zero - {MAX_GRADIENT!r}f));
+    }}
+    return __builtin_reduce_or(wrong) == 0;
+}};
 """
 
 
-def _slope_source(name: str) -> str:
-    return {"None": "1.0f", "ReLU": "0.0f", "LeakyReLU": f"{LEAKY_SLOPE!r}f"}[name]
+def _padded(n: int) -> int:
+    return -(-n // 16) * 16
 
 
-def _setup_source(network: Network) -> str:
-    """Scratch of a block and the transposed output layer."""
-    n_neurons, n_outputs = network.n_neurons, network.n_outputs
+def _functions_source(network: Network) -> str:
+    """C++ that both passes need before anything else."""
+    return (
+        "#pragma clang fp contract(fast)\n"  # multiply and add in one instruction where the processor has it
+        + VECTOR_SOURCE
+        + activation_functions(network.activation, network.output_activation)
+        + LAYER_SOURCE
+    )
+
+
+def _forward_source(encoding: Encoding, network: Network, keep: bool) -> str:
+    """C++ for rows [row, row + n): fills code, hidden, output and, to `keep` what backpropagation needs, sums.
+
+    All are (neurons x BLOCK). Without `keep`, `hidden` holds two layers that take turns.
+    """
+    n_neurons, n_hidden, n_outputs = network.n_neurons, network.n_hidden_layers, network.n_outputs
+    turn = "" if keep else " % 2"
+    sums = "*(f16*)(hidden_sums[i] + at) = v;" if keep and needs_sum(network.activation) else ""
+    output_sums = "*(f16*)(output_sums + at) = v;" if keep and needs_sum(network.output_activation) else ""
     return f"""
-    alignas(64) float code[{BLOCK * network.n_inputs}];
-    alignas(64) float hidden[{network.n_hidden_layers}][{BLOCK * n_neurons}];
-    alignas(64) float output[{BLOCK}][{n_outputs}];
-    alignas(64) float output_weights[{n_outputs}][{n_neurons}];
-    for (int k = 0; k < {n_neurons}; ++k)
-        for (int j = 0; j < {n_outputs}; ++j)
-            output_weights[j][k] = params.data[{network.layers[-1][0]} + k * {n_outputs} + j];
-    auto activate = [&](f16 v, const float*) {{ return v > zero ? v : v * {_slope_source(network.activation)}; }};
+    {{
+    {encode_columns_source(encoding)}
+    }}
+    for (int i = 0; i < {n_hidden}; ++i) {{
+        const float* weights = params.data + (i > 0 ? {network.n_inputs * n_neurons}
+            + (i - 1) * {n_neurons * n_neurons} : 0);
+        layer(hidden[i{turn}], weights, 1, {n_neurons}, i > 0 ? hidden[(i - 1){turn}] : code, {n_neurons},
+            i > 0 ? {n_neurons} : {network.n_inputs}, [&](f16 v, int at) __attribute__((always_inline)) {{
+            {sums}
+            return (f16)({activate_source(network.activation)});
+        }});
+    }}
+    layer(output, params.data + {network.layers[-1][0]}, 1, {n_outputs}, hidden[{n_hidden - 1}{turn}], {n_outputs},
+        {n_neurons}, [&](f16 v, int at) __attribute__((always_inline)) {{
+        {output_sums}
+        return (f16)({activate_source(network.output_activation)});
+    }});
     """
-
-
-def _forward_source(encoding: Encoding, network: Network) -> str:
-    """C++ for rows [row, row + n): fills code, hidden and output."""
-    n_neurons = network.n_neurons
-    source = "{\n" + encode_block_source(encoding) + "}\n"
-    for layer, (first, n_in, n_out) in enumerate(network.layers[:-1]):
-        before = "code" if layer == 0 else f"hidden[{layer - 1}]"
-        source += f"""
-        product(hidden[{layer}], {n_out}, {before}, {n_in}, 1, params.data + {first}, {n_out},
-                {BLOCK}, {n_out}, {n_in}, activate);
-        """
-    source += f"""
-    for (int s = 0; s < {BLOCK}; ++s)
-        for (int j = 0; j < {network.n_outputs}; ++j) {{
-            f16 sum = zero;
-            for (int k = 0; k < {n_neurons}; k += 16)
-                sum += *(f16*)&hidden[{network.n_hidden_layers - 1}][s * {n_neurons} + k]
-                    * *(f16*)&output_weights[j][k];
-            const float v = sum16(sum);
-            output[s][j] = v > 0.0f ? v : v * {_slope_source(network.output_activation)};
-        }}
-    """
-    return source
 
 
 @cache
 def make_infer_wide(encoding: Encoding, network: Network):
     """CPU kernel that evaluates the network for a block of rows per index."""
-    source = VECTOR_SOURCE + _PRODUCT_SOURCE + _setup_source(network) + _forward_source(encoding, network)
-    source += f"""
+    n_outputs = network.n_outputs
+    source = f"""
+    {_functions_source(network)}
+    alignas(64) float code[{network.n_inputs * BLOCK}];
+    alignas(64) float hidden[2][{network.n_neurons * BLOCK}];
+    alignas(64) float output[{n_outputs * BLOCK}];
+    {_forward_source(encoding, network, keep=False)}
     for (int s = 0; s < n; ++s) {{
         float* to = (float*)((char*)y.data + (size_t)(row + s) * y.strides[0]);
-        for (int j = 0; j < {network.n_outputs}; ++j) to[j] = output[s][j];
+        for (int j = 0; j < {n_outputs}; ++j) to[j] = output[j * {BLOCK} + s];
     }}
     """
 
@@ -153,10 +131,15 @@ def make_infer_wide(encoding: Encoding, network: Network):
 
 
 @cache
-def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: str):
-    """CPU kernel that backpropagates a chunk of rows and sums its weight gradients, one chunk per index."""
+def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: str | None, input_gradient: bool):
+    """CPU kernel that backpropagates a chunk of rows and sums its weight gradients, one chunk per index.
 
-    @wp.func_native(_backpropagate_source(encoding, network, loss_otype))
+    Without a loss, `y` holds the gradients of the outputs instead of targets and nothing is normalised. With
+    `input_gradient` the gradient of the encoded inputs is written, too. Raises ValueError for a network whose
+    activations of a block do not fit a thread's stack.
+    """
+
+    @wp.func_native(_backpropagate_source(encoding, network, loss_otype, input_gradient))
     def backpropagate_chunk(
         begin: int,
         end: int,
@@ -165,7 +148,9 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
         params: wp.array[float],
         x: wp.array2d[float],
         y: wp.array2d[float],
+        pdf: wp.array[float],
         features: wp.array3d[float],
+        code_gradient: wp.array2d[float],
         chunk_gradient: wp.array2d[float],
         chunk_loss: wp.array[float],
         chunk_finite: wp.array[int],
@@ -181,12 +166,12 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
         n_rows: int,
         count: wp.array[int],  # (1) or empty
         x: wp.array2d[float],  # (capacity, n_input_dims)
-        y: wp.array2d[float],  # (capacity, n_outputs)
+        y: wp.array2d[float],  # (capacity, n_outputs), targets or dL/doutput
+        pdf: wp.array[float],  # (capacity), density each row was drawn with, or empty
         # In/out
-        features: wp.array3d[
-            float
-        ],  # grid features; their gradients on return (levels, capacity, n_features_per_level)
+        features: wp.array3d[float],  # grid features; their gradients on return (levels, capacity, n_features)
         # Out
+        dL_dcode: wp.array2d[float],  # (capacity, n_inputs), or empty without input_gradient
         chunk_gradient: wp.array2d[float],  # (chunks, n_params)
         chunk_loss: wp.array[float],  # (chunks)
         chunk_finite: wp.array[int],  # (chunks)
@@ -198,80 +183,153 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
         end = wp.min(begin + chunk_size, n_total)
         if begin < end:
             backpropagate_chunk(
-                begin, end, n_total, chunk, params, x, y, features, chunk_gradient, chunk_loss, chunk_finite
+                begin,
+                end,
+                n_total,
+                chunk,
+                params,
+                x,
+                y,
+                pdf,
+                features,
+                dL_dcode,
+                chunk_gradient,
+                chunk_loss,
+                chunk_finite,
             )
 
     return backpropagate_wide
 
 
-def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str) -> str:
-    n_neurons, n_outputs, n_hidden = network.n_neurons, network.n_outputs, network.n_hidden_layers
-    last = network.layers[-1][0]
-    source = VECTOR_SOURCE + _PRODUCT_SOURCE + _setup_source(network)
-    source += f"""
+def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str | None, input_gradient: bool) -> str:
+    """C++ for rows [begin, end) of a chunk, a block at a time."""
+    n_neurons, n_outputs = network.n_neurons, network.n_outputs
+    n_padded, first_output = _padded(n_outputs), network.layers[-1][0]
+    norm = "1.0f" if loss_otype is None else f"1.0f / ((float)n_total * {n_outputs}.0f)"
+    return f"""
+    {_functions_source(network)}
+    {WEIGHT_GRADIENT_SOURCE}
+    {TRANSPOSE_SOURCE}
+    {_FINITE_SOURCE}
+    {_scratch_source(network)}
     float* weight_gradient = chunk_gradient.data + (size_t)chunk * {network.n_params};
     for (int i = 0; i < {network.n_params}; ++i) weight_gradient[i] = 0.0f;
-    alignas(64) float output_gradient[{n_outputs}][{n_neurons}] = {{}};
-    alignas(64) float delta[2][{BLOCK * n_neurons}];  // of this layer and the next
-    alignas(64) float dL_dcode[{BLOCK * network.n_inputs}];
-    alignas(64) float dL_doutput[{BLOCK}][{n_outputs}];
-    auto add = [](f16 v, const float* c) {{ return v + *(const f16*)c; }};
-    auto keep = [](f16 v, const float*) {{ return v; }};
-    const float norm = 1.0f / ((float)n_total * {n_outputs}.0f);
+    const float norm = {norm};
     float value = 0.0f;
     bool finite = true;
-    """
-    for layer, (first, n_in, n_out) in enumerate(network.layers[:-1]):
-        if layer > 0 or encoding.grids:
-            source += f"""
-            alignas(64) float transposed_{layer}[{n_in * n_out}];
-            for (int k = 0; k < {n_in}; k += 16)
-                for (int j = 0; j < {n_out}; ++j)
-                    for (int i = 0; i < 16; ++i)
-                        transposed_{layer}[j * {n_in} + k + i] = params.data[{first} + (k + i) * {n_out} + j];
-            """
-    source += f"""
     for (int row = begin; row < end; row += {BLOCK}) {{
-    const int n = end - row < {BLOCK} ? end - row : {BLOCK}, row_features = row;
-    """
-    source += _forward_source(encoding, network)
-    source += f"""
-    for (int s = 0; s < {BLOCK}; ++s) {{
-        float* gradient = dL_doutput[s];
-        if (s >= n) {{
-            for (int j = 0; j < {n_outputs}; ++j) gradient[j] = 0.0f;
-            continue;
-        }}
-        const float* prediction = output[s];
-        const float* target = (const float*)((const char*)y.data + (size_t)(row + s) * y.strides[0]);
-        {loss_source(loss_otype, n_outputs)}
-        for (int j = 0; j < {n_outputs}; ++j)
-            gradient[j] *= norm * (prediction[j] > 0.0f ? 1.0f : {_slope_source(network.output_activation)});
+        const int n = end - row < {BLOCK} ? end - row : {BLOCK}, row_features = row;
+        {_forward_source(encoding, network, keep=True)}
+        {_output_backward_source(network, loss_otype)}
+        {_layers_backward_source(network)}
+        {_code_backward_source(encoding, network, input_gradient)}
     }}
-    product(output_gradient[0], {n_neurons}, dL_doutput[0], 1, {n_outputs}, hidden[{n_hidden - 1}], {n_neurons},
-            {n_outputs}, {n_neurons}, {BLOCK}, add);
+    for (int k = 0; k < {n_neurons}; ++k)
+        for (int j = 0; j < {n_outputs}; ++j)
+            weight_gradient[{first_output} + k * {n_outputs} + j] = output_gradient[k * {n_padded} + j];
+    chunk_loss.data[chunk] = value;
+    chunk_finite.data[chunk] = finite && all_finite(weight_gradient, {network.n_params});
     """
-    for layer in reversed(range(n_hidden)):
-        first, n_in, _ = network.layers[layer]
-        after = (
-            f"dL_doutput[0], {n_outputs}, 1, output_weights[0], {n_neurons}, {BLOCK}, {n_neurons}, {n_outputs}"
-            if layer == n_hidden - 1
-            else f"delta[{(layer + 1) % 2}], {n_neurons}, 1, transposed_{layer + 1}, {n_neurons}, "
-            f"{BLOCK}, {n_neurons}, {n_neurons}"
+
+
+def _scratch_source(network: Network) -> str:
+    """What a block keeps between forward and backward, all (neurons x BLOCK) but the weights' output_gradient."""
+    n_hidden, n_neurons, n_padded = network.n_hidden_layers, network.n_neurons, _padded(network.n_outputs)
+    widest = max(n_neurons, network.n_inputs, n_padded)
+    arrays = {
+        "code": network.n_inputs,
+        "hidden": n_hidden * n_neurons,
+        "hidden_sums": n_hidden * n_neurons if needs_sum(network.activation) else 0,
+        "output": n_padded,
+        "output_sums": n_padded if needs_sum(network.output_activation) else 0,
+        "dL_doutput": n_padded,
+        "delta": 2 * widest,  # gradient by the sums of one layer and of the next
+        "delta_rows": widest,  # sample by sample
+    }
+    size = 4 * (BLOCK * sum(arrays.values()) + n_neurons * n_padded)
+    if size > MAX_SCRATCH:
+        raise ValueError(
+            f"{n_hidden} hidden layers of {n_neurons} neurons with activation {network.activation} need {size >> 20} "
+            f"MB of a thread's stack to train on the CPU; at most {MAX_SCRATCH >> 20} MB are used"
         )
-        before = "code" if layer == 0 else f"hidden[{layer - 1}]"
+    layers = {"hidden": n_hidden, "hidden_sums": n_hidden, "delta": 2}
+    source = f"alignas(64) float output_gradient[{n_neurons * n_padded}] = {{}};\n"
+    for name, n_rows in arrays.items():
+        if n_rows > 0:
+            n_layers = layers.get(name, 1)
+            layer = f"[{n_layers}]" if name in layers else ""
+            source += f"alignas(64) float {name}{layer}[{n_rows // n_layers * BLOCK}];\n"
+    return source
+
+
+def _output_backward_source(network: Network, loss_otype: str | None) -> str:
+    """C++ that adds the block's loss to `value` and sets dL_doutput, the gradient by the sums of the outputs."""
+    n_neurons, n_outputs, n_padded = network.n_neurons, network.n_outputs, _padded(network.n_outputs)
+    with_sum = "const f16 v = *(const f16*)(output_sums + at);" if needs_sum(network.output_activation) else ""
+    return f"""
+    for (int s = 0; s < {BLOCK}; ++s) {{
+        float prediction[{n_outputs}], gradient[{n_padded}] = {{}};
+        if (s < n) {{
+            for (int j = 0; j < {n_outputs}; ++j) prediction[j] = output[j * {BLOCK} + s];
+            const float* target = (const float*)((const char*)y.data + (size_t)(row + s) * y.strides[0]);
+            const float weight = pdf.shape[0] > 0 ? norm / pdf.data[row + s] : norm;
+            {loss_source(loss_otype, n_outputs)}
+        }}
+        for (int j = 0; j < {n_padded}; ++j) dL_doutput[j * {BLOCK} + s] = gradient[j];
+    }}
+    for (int at = 0; at < {n_outputs * BLOCK}; at += 16) {{
+        const f16 y = *(const f16*)(output + at);
+        {with_sum}
+        (void)y;
+        *(f16*)(dL_doutput + at) *= {derivative_source(network.output_activation)};
+    }}
+    transpose(delta_rows, dL_doutput, {n_padded}, {BLOCK});
+    add_weight_gradient(output_gradient, hidden[{network.n_hidden_layers - 1}], delta_rows, {n_neurons}, {n_padded});
+    """
+
+
+def _layers_backward_source(network: Network) -> str:
+    """C++ that adds to the hidden layers' weight gradients and leaves the gradient by the first sums in delta[0]."""
+    n_inputs, n_neurons, n_outputs = network.n_inputs, network.n_neurons, network.n_outputs
+    last, n_weights = network.n_hidden_layers - 1, network.n_neurons**2
+    with_sum = "const f16 v = *(const f16*)(hidden_sums[i] + at);" if needs_sum(network.activation) else ""
+    return f"""
+    for (int i = {last}; i >= 0; --i) {{
+        auto through = [&](f16 gradient, int at) __attribute__((always_inline)) {{
+            const f16 y = *(const f16*)(hidden[i] + at);
+            {with_sum}
+            (void)y;
+            return gradient * {derivative_source(network.activation)};
+        }};
+        const float* after = params.data + {n_inputs * n_neurons} + i * {n_weights};  // weights of the next layer
+        if (i == {last})
+            layer(delta[i % 2], after, {n_outputs}, 1, dL_doutput, {n_neurons}, {n_outputs}, through);
+        else
+            layer(delta[i % 2], after, {n_neurons}, 1, delta[(i + 1) % 2], {n_neurons}, {n_neurons}, through);
+        transpose(delta_rows, delta[i % 2], {n_neurons}, {BLOCK});
+        add_weight_gradient(weight_gradient + (i > 0 ? {n_inputs * n_neurons} + (i - 1) * {n_weights} : 0),
+                       i > 0 ? hidden[i - 1] : code, delta_rows, i > 0 ? {n_neurons} : {n_inputs}, {n_neurons});
+    }}
+    """
+
+
+def _code_backward_source(encoding: Encoding, network: Network, input_gradient: bool) -> str:
+    """C++ that turns delta[0] into the gradients of the code and of the grid features, where they are wanted."""
+    if not encoding.grids and not input_gradient:
+        return ""
+    n_inputs = network.n_inputs
+    source = f"""
+    float* dL_dcode = delta[1];
+    layer(dL_dcode, params.data, {network.n_neurons}, 1, delta[0], {n_inputs}, {network.n_neurons},
+          [](f16 v, int) __attribute__((always_inline)) {{ return v; }});
+    finite &= all_finite(dL_dcode, {n_inputs * BLOCK});
+    """
+    if input_gradient:
         source += f"""
-        product(delta[{layer % 2}], {n_neurons}, {after}, [&](f16 v, const float* c) {{
-            f16 h = *(const f16*)(hidden[{layer}] + (c - delta[{layer % 2}]));
-            return h > zero ? v : v * {_slope_source(network.activation)};
-        }});
-        product(weight_gradient + {first}, {n_neurons}, {before}, 1, {n_in}, delta[{layer % 2}], {n_neurons},
-                {n_in}, {n_neurons}, {BLOCK}, add);
-        """
-    if encoding.grids:
-        source += f"""
-        product(dL_dcode, {network.n_inputs}, delta[0], {n_neurons}, 1, transposed_0, {network.n_inputs},
-                {BLOCK}, {network.n_inputs}, {n_neurons}, keep);
+        for (int s = 0; s < n; ++s) {{
+            float* to = (float*)((char*)code_gradient.data + (size_t)(row + s) * code_gradient.strides[0]);
+            for (int k = 0; k < {n_inputs}; ++k) to[k] = dL_dcode[k * {BLOCK} + s];
+        }}
         """
     for part in encoding.grids:
         n_features = part.config.n_features_per_level
@@ -281,22 +339,8 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str)
                 + ({encoding.gradient_row(part)} + l) * (size_t)features.strides[0]);
             const size_t stride = features.shape[2];
             for (int s = 0; s < n; ++s)
-                for (int f = 0; f < {n_features}; ++f) {{
-                    const float d = dL_dcode[s * {network.n_inputs} + {part.first_output} + l * {n_features} + f];
-                    finite &= d < {MAX_GRADIENT!r}f && d > -{MAX_GRADIENT!r}f;
-                    to[(row + s) * stride + f] = d;
-                }}
+                for (int f = 0; f < {n_features}; ++f)
+                    to[(row + s) * stride + f] = dL_dcode[({part.first_output} + l * {n_features} + f) * {BLOCK} + s];
         }}
         """
-    return (
-        source
-        + f"""
-    }}
-    for (int k = 0; k < {n_neurons}; ++k)
-        for (int j = 0; j < {n_outputs}; ++j) weight_gradient[{last} + k * {n_outputs} + j] = output_gradient[j][k];
-    for (int i = 0; i < {network.n_params}; ++i)
-        finite &= weight_gradient[i] < {MAX_GRADIENT!r}f && weight_gradient[i] > -{MAX_GRADIENT!r}f;
-    chunk_loss.data[chunk] = value * norm;
-    chunk_finite.data[chunk] = finite;
-    """
-    )
+    return source
