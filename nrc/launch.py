@@ -27,7 +27,7 @@ from typing import Any
 
 import warp as wp
 
-BLOCK_DIM = 256  # CUDA threads per block
+BLOCK_DIM = 256  # CUDA threads per block where the kernel's module has no option of its own
 MIN_RANGE = 2048  # of a cheap kernel's indices, below which starting a range costs more than its work
 
 _pool: ThreadPoolExecutor | None = None
@@ -75,7 +75,8 @@ def launch(
     """Run `kernel` for indices 0 ... n-1 on `device`, spread over all CPU cores or as one CUDA launch.
 
     Args:
-        kernel: One-dimensional kernel whose first parameter is `first: int`.
+        kernel: One-dimensional kernel whose first parameter is `first: int`. Its module's option `block_dim` is the
+            number of CUDA threads per block, 256 by default.
         n: Number of indices.
         inputs, outputs: The kernel's other parameters in order.
         range_size: CPU only. Indices per range: `heavy_range(n)` where each index is much work, 1 where it is a block
@@ -84,7 +85,8 @@ def launch(
     if n <= 0:
         return
     if not device.is_cpu:
-        wp.launch(kernel, dim=n, inputs=[0, *inputs], outputs=list(outputs), device=device, block_dim=BLOCK_DIM)
+        block_dim = kernel.module.options["block_dim"]
+        wp.launch(kernel, dim=n, inputs=[0, *inputs], outputs=list(outputs), device=device, block_dim=block_dim)
         return
     n_threads = threads()
     if range_size is None:
@@ -132,7 +134,7 @@ def prepare(kernels: Mapping[str, wp.Kernel], device: wp.Device, report: Callabl
         )
         timer.start()
         try:
-            if module.load(device, 1 if device.is_cpu else BLOCK_DIM) is None:
+            if module.load(device, 1 if device.is_cpu else module.options["block_dim"]) is None:
                 raise RuntimeError(
                     f"kernel module '{name}' failed to compile for {device}; Warp's output above has the reason"
                 )
