@@ -10,9 +10,12 @@ _PUBLIC = {
     "CacheConfig": "nrc.cache",
     "Camera": "nrc.scene",
     "DeviceScene": "nrc.device_scene",
+    "Encoding": "nrc.field",
     "Field": "nrc.field",
     "Material": "nrc.scene",
     "Mesh": "nrc.scene",
+    "Network": "nrc.field",
+    "Optimizer": "nrc.optimizer",
     "PathTracer": "nrc.pathtracer",
     "PathTracerConfig": "nrc.pathtracer",
     "RadianceCache": "nrc.cache",
@@ -21,6 +24,7 @@ _PUBLIC = {
     "Scene": "nrc.scene",
     "Trainer": "nrc.trainer",
     "load": "nrc.assets",
+    "load_config": "nrc.config",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

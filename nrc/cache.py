@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import warp as wp
 
-from nrc.field import Field, check_count
+from nrc.arrays import check_count
+from nrc.field import Field
 from nrc.kernels import cache as kc
 from nrc.launch import launch, resolve_device
 from nrc.records import Records

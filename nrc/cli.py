@@ -94,7 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     rays.add_argument("--seconds", type=_positive_float, default=10.0, help="for each of the two (default: 10)")
     rays.set_defaults(run=_bench_rays)
 
-    for command in (render, scenes, compared, info, cache, rays):
+    field = bench.add_parser("field", help="training and inference of a field beside drjit.nn and PyTorch")
+    field.add_argument("--batch", type=_positive_int, default=65536, help="samples per step (default: 65536)")
+    field.add_argument("--log2-hashmap-size", type=_positive_int, default=19, help="entries of a level (default: 19)")
+    field.add_argument("--seconds", type=_positive_float, default=30.0, help="measured, in all (default: 30)")
+    field.add_argument("--rounds", type=_positive_int, default=5, help="turns that each takes (default: 5)")
+    _add_device(field)
+    field.set_defaults(run=_bench_field)
+
+    for command in (render, scenes, compared, info, cache, rays, field):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -121,6 +129,10 @@ def _add_render_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=0.01, help="spread c that ends a path in the cache (0.01)")
     parser.add_argument("--encoding", choices=("hash", "frequency"), default="hash", help="of the cache (hash)")
     parser.add_argument("--seed", type=int, default=0)
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first CUDA device, else the CPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
 
@@ -372,6 +384,20 @@ def _bench_rays(arguments: argparse.Namespace) -> dict[str, Any]:
         scene, width, height, config, seconds=arguments.seconds, device=arguments.device, say=_say
     )
     return {"scene": arguments.scene, **result}
+
+
+def _bench_field(arguments: argparse.Namespace) -> dict[str, Any]:
+    from nrc.bench_field import bench_field
+
+    _use_threads(arguments)
+    return bench_field(
+        batch=arguments.batch,
+        log2_hashmap_size=arguments.log2_hashmap_size,
+        seconds=arguments.seconds,
+        rounds=arguments.rounds,
+        device=arguments.device,
+        say=_say,
+    )
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,73 +1,62 @@
-"""`Field`: encoding and network behind one flat parameter buffer, made from tiny-cuda-nn style dictionaries."""
+"""`Field`, `Network` and `Encoding`: learned functions with one flat parameter buffer, from tiny-cuda-nn configs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import warp as wp
 
+from .arrays import as_params, as_rows, as_written_rows, check_count
 from .config import parse_encoding, parse_network
+from .field_cpu import CpuPasses
+from .field_cuda import CudaPasses
 from .kernels import encoding as enc
-from .kernels import encoding_wide, grid_wide, network_wide
 from .kernels import network as net
 from .kernels import optimizer as opt
-from .launch import heavy_range, launch, resolve_device
+from .launch import launch, resolve_device
+from .snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
 
-SLICE_ROWS = 65536  # rows the CPU evaluates at once; their grid features are kept between two launches
-BACKWARD_CHUNK = 256  # rows whose weight gradients `backward` sums in one go; fixed, so that results are too
+SNAPSHOT_KIND = "nrc.field"
 GRID_INIT = 1e-4  # table entries start uniform in +-GRID_INIT
 
 
-class Field:
-    """A learned function R^n_input_dims -> R^n_output_dims.
+class Model:
+    """What `Field`, `Network` and `Encoding` share: parameters, evaluation and gradients, with checked arrays.
+
+    Arrays may come from NumPy, Warp, or any library with DLPack or the CUDA array interface. Where device, type and
+    layout match they are used in place. Results are Warp arrays, which NumPy and DLPack read without a copy.
 
     `params` holds the network's weights first (each layer a row-major inputs x outputs matrix, in order), then the
-    encodings' parameters from `encoding_offset` on (grid tables in the order of the composite, level by level).
+    encodings' parameters (grid tables in the order of the composite, level by level).
 
-    Args:
-        n_input_dims, n_output_dims: Columns of the inputs, which live in [0, 1], and of the outputs.
-        encoding: Dictionary with `otype` HashGrid, TriangleWave, OneBlob, Identity or Composite and its options.
-        network: Dictionary with `otype` FullyFusedMLP and its options.
-        seed: Seed of the initial parameters.
-        device: Warp device; the first GPU, else the CPU.
-
-    Raises:
-        ValueError: Unknown otype, key or value; the message lists what is allowed.
+    Attributes:
+        n_input_dims, n_output_dims: Columns of inputs, which live in [0, 1], and of outputs.
+        n_params: Length of `params`, the flat float32 parameters on `device`.
+        encoding, network: Parsed configurations; `network` is None in an `Encoding`.
+        passes: Kernels and working memory of the device.
     """
 
     def __init__(
         self,
         n_input_dims: int,
         n_output_dims: int,
-        encoding: Mapping[str, Any],
-        network: Mapping[str, Any],
-        *,
-        seed: int = 1337,
-        device: Any = None,
+        encoding: enc.Encoding,
+        network: net.Network | None,
+        seed: int,
+        device: wp.Device,
     ) -> None:
-        self.device = resolve_device(device)
-        self.encoding_config = dict(encoding)
-        self.network_config = dict(network)
-        self.seed = seed
-        n_padded = parse_encoding(encoding, n_input_dims, 0).n_padded
-        self.network = parse_network(network, n_padded, n_output_dims)
-        self.encoding_offset = self.network.n_params
-        self.encoding = parse_encoding(encoding, n_input_dims, self.encoding_offset)
-        self.n_input_dims = n_input_dims
-        self.n_output_dims = n_output_dims
-        self.n_params = self.encoding_offset + self.encoding.n_params
-        self.wide = wide(self.device)
-        make_infer = network_wide.make_infer_wide if self.wide else net.make_infer
-        self._infer = make_infer(self.encoding, self.network)
-        self._encode_grids = [
-            grid_wide.make_encode_grid_wide(self.encoding, part) for part in self.encoding.grids if self.wide
-        ]
-        self._features = self.allocate_features(SLICE_ROWS if self.wide else 1)
-        self._allocate_backward(0)
-        self.params = wp.empty(self.n_params, dtype=float, device=self.device)
+        self.n_input_dims, self.n_output_dims = n_input_dims, n_output_dims
+        self.encoding, self.network = encoding, network
+        self.seed, self.device = seed, device
+        self.n_matrix_params = network.n_params if network else 0
+        self.n_params = self.n_matrix_params + encoding.n_params
+        self.passes: CpuPasses | CudaPasses = (CpuPasses if device.is_cpu else CudaPasses)(encoding, network, device)
+        self._state = wp.zeros(4, dtype=int, device=device)  # as in kernels/optimizer.py
+        self.params = wp.empty(self.n_params, dtype=float, device=device)
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
@@ -76,82 +65,74 @@ class Field:
             self.seed = seed
         rng = np.random.default_rng(self.seed)
         params = np.empty(self.n_params, np.float32)
-        for first, n_in, n_out in self.network.layers:
+        for first, n_in, n_out in self.network.layers if self.network else ():
             bound = math.sqrt(6.0 / (n_in + -(-n_out // 16) * 16))  # tiny-cuda-nn pads the outputs to 16
             params[first : first + n_in * n_out] = rng.uniform(-bound, bound, n_in * n_out)
-        params[self.encoding_offset :] = rng.uniform(-GRID_INIT, GRID_INIT, self.encoding.n_params)
+        params[self.n_matrix_params :] = rng.uniform(-GRID_INIT, GRID_INIT, self.encoding.n_params)
         self.params.assign(params)
 
     def set_params(self, params: Any) -> None:
-        """Overwrite the parameters with `n_params` finite floats (NumPy or Warp array)."""
-        values = np.asarray(params.numpy() if isinstance(params, wp.array) else params, np.float32)
+        """Overwrite the parameters with `n_params` finite floats."""
+        if isinstance(params, wp.array):
+            params = params.numpy()
+        elif hasattr(params, "__dlpack__") and not isinstance(params, np.ndarray):
+            array: Any = wp.from_dlpack(params.detach() if hasattr(params, "detach") else params)
+            params = array.numpy()
+        values = np.asarray(params, np.float32)
         if values.shape != (self.n_params,):
             raise ValueError(f"expected {self.n_params} parameters, got an array of shape {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError("parameters must be finite")
         self.params.assign(values)
 
-    def inference(
-        self, x: wp.array, out: wp.array, *, params: wp.array | None = None, count: wp.array | None = None
-    ) -> None:
-        """Evaluate rows of `x` into `out`.
+    def forward(self, x: Any, out: Any = None, *, count: wp.array | None = None) -> wp.array:
+        """As `inference`, with the parameters being trained: the values whose derivatives `backward` gives."""
+        return self.inference(x, out, count=count)
+
+    def inference(self, x: Any, out: Any = None, *, params: Any = None, count: wp.array | None = None) -> wp.array:
+        """Evaluate rows of `x`, however many.
 
         Args:
-            x: (capacity, n_input_dims) float32 inputs.
-            out: (capacity, n_output_dims) float32; rows that are not evaluated keep their content.
+            x: (capacity, n_input_dims) inputs, in [0, 1].
+            out: (capacity, n_output_dims) float32 to write to; rows that are not evaluated keep their content. A new
+                array by default.
             params: Parameters to use instead of `self.params`, for instance their moving average.
             count: Number of rows to evaluate, an int32 array of length 1 on the device; all rows by default.
+
+        Returns:
+            (capacity, n_output_dims) float32 on the device: `out` where it was given.
 
         Raises:
             ValueError: Wrong shape, type or device.
         """
-        check_rows("x", x, self.n_input_dims, self.device)
-        check_rows("out", out, self.n_output_dims, self.device)
+        x = as_rows("x", x, self.n_input_dims, self.device)
         check_count(count, self.device)
-        if out.shape[0] < x.shape[0]:
-            raise ValueError(f"out has {out.shape[0]} rows, x has {x.shape[0]}")
-        if params is None:
-            params = self.params
-        else:
-            check_params("params", params, self.n_params, self.device)
-        if not self.wide:
-            launch(self._infer, x.shape[0], inputs=[params, x.shape[0], count, x], outputs=[out], device=self.device)
-            return
-        for row in range(0, x.shape[0], SLICE_ROWS):
-            n_rows = min(SLICE_ROWS, x.shape[0] - row)
-            self.encode_grids(params, row, n_rows, count, x, self._features)
-            n_blocks = -(-n_rows // encoding_wide.BLOCK)
-            launch(
-                self._infer,
-                n_blocks,
-                inputs=[params, row, n_rows, count, x, self._features],
-                outputs=[out],
-                device=self.device,
-                range_size=heavy_range(n_blocks),
-            )
+        if out is None:
+            out = wp.empty((x.shape[0], self.n_output_dims), dtype=float, device=self.device)
+        out = as_written_rows("out", out, self.n_output_dims, self.device, x.shape[0])
+        params = self.params if params is None else as_params("params", params, self.n_params, self.device)
+        self.passes.evaluate(params, x, out, count)
+        return out
 
     def backward(
         self,
-        x: wp.array,
-        dL_dy: wp.array,
+        x: Any,
+        dL_dy: Any,
         *,
-        dL_dx: wp.array | None = None,
-        dL_dparams: wp.array | None = None,
+        dL_dx: Any = None,
+        dL_dparams: Any = None,
         count: wp.array | None = None,
     ) -> None:
         """Add the gradients of a scalar L by inputs and parameters, given its gradient by the outputs at `x`.
 
         Both are added to what the arrays hold, so that the terms of a loss can share them: clear them first. The values
         are those of `self.params`. At a kink (a ReLU at 0, the face of a grid's cell) the derivative is one side's; an
-        input that a grid clamps to [0, 1] has none there. Non-finite values pass through.
-
-        Working memory for the largest number of rows so far is kept, 4 bytes per row for each input of the network and
-        8 for each neuron. The same one-thread-per-row kernels run on the CPU and on CUDA, where the order of the sums
-        of table gradients varies.
+        input that a grid clamps to [0, 1] has none there. Non-finite values pass through. Working memory for the
+        largest number of rows so far is kept.
 
         Args:
-            x: (capacity, n_input_dims) float32 inputs.
-            dL_dy: (capacity, n_output_dims) float32.
+            x: (capacity, n_input_dims) inputs.
+            dL_dy: (capacity, n_output_dims).
             dL_dx: (capacity, n_input_dims) float32 to add to; rows that are not evaluated keep their content.
             dL_dparams: (n_params,) float32 to add to.
             count: Number of rows to use, an int32 array of length 1 on the device; all rows by default.
@@ -159,155 +140,159 @@ class Field:
         Raises:
             ValueError: Wrong shape, type or device, or nothing to compute.
         """
-        check_rows("x", x, self.n_input_dims, self.device)
-        check_rows("dL_dy", dL_dy, self.n_output_dims, self.device)
+        x = as_rows("x", x, self.n_input_dims, self.device)
+        dL_dy = as_rows("dL_dy", dL_dy, self.n_output_dims, self.device)
         check_count(count, self.device)
-        n_rows, device = x.shape[0], self.device
         if dL_dx is None and dL_dparams is None:
             raise ValueError("backward needs dL_dx or dL_dparams to add to")
+        if dL_dy.shape[0] < x.shape[0]:
+            raise ValueError(f"dL_dy has {dL_dy.shape[0]} rows, x has {x.shape[0]}")
         if dL_dx is not None:
-            check_rows("dL_dx", dL_dx, self.n_input_dims, device)
+            dL_dx = as_written_rows("dL_dx", dL_dx, self.n_input_dims, self.device, x.shape[0])
         if dL_dparams is not None:
-            check_params("dL_dparams", dL_dparams, self.n_params, device)
-        for name, array in (("dL_dy", dL_dy), ("dL_dx", dL_dx)):
-            if array is not None and array.shape[0] < n_rows:
-                raise ValueError(f"{name} has {array.shape[0]} rows, x has {n_rows}")
-        if n_rows > self._backward_rows:
-            self._allocate_backward(n_rows)
-        kernels = self.backward_kernels()
-        launch(
-            kernels["backpropagation"],
-            n_rows,
-            inputs=[self.params, n_rows, count, x, dL_dy],
-            outputs=self._stored,
-            device=device,
+            dL_dparams = as_params("dL_dparams", dL_dparams, self.n_params, self.device)
+        gradients = self.passes.backpropagate(
+            self.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=dL_dx is not None
         )
-        _, dL_dsums, dL_dgrid, _ = self._stored
         if dL_dx is not None:
             launch(
-                kernels["input gradient"],
-                n_rows,
-                inputs=[self.params, n_rows, count, x, dL_dsums],
+                self.passes.input_gradient_kernel,
+                x.shape[0],
+                inputs=[self.params, 1.0 / self.passes.loss_scale, x.shape[0], count, x, gradients.dL_dcode],
                 outputs=[dL_dx],
-                device=device,
-            )
-        if dL_dparams is None:
-            return
-        launch(opt.take_rows, 1, inputs=[n_rows, count], outputs=[self._state], device=device)
-        launch(
-            kernels["weight gradient"],
-            -(-n_rows // BACKWARD_CHUNK) * (self.network.n_params + 1),
-            inputs=[BACKWARD_CHUNK, n_rows, count, *self._stored],
-            outputs=self._chunks,
-            device=device,
-        )
-        launch(
-            opt.reduce_weight_gradient,
-            self.network.n_params // opt.UPDATE_BLOCK,
-            inputs=[BACKWARD_CHUNK, self._state, self._chunks[0]],
-            outputs=[dL_dparams],
-            device=device,
-        )
-        for i, part in enumerate(self.encoding.grids):
-            n_lanes = 1 if device.is_cpu else n_rows
-            launch(
-                kernels[f"grid gradient {i}"],
-                part.config.n_levels * n_lanes,
-                inputs=[n_lanes, self._state, x, dL_dgrid, dL_dparams],
-                device=device,
-                range_size=1,
-            )
-
-    def backward_kernels(self) -> dict[str, wp.Kernel]:
-        """Kernels that the first call of `backward` compiles, by name, for `nrc.launch.prepare`."""
-        encoding, network = self.encoding, self.network
-        kernels = {
-            "backpropagation": net.make_backpropagate(encoding, network, None),
-            "input gradient": net.make_backpropagate_input(encoding, network),
-            "weight gradient": net.make_accumulate_weight_gradient(encoding, network),
-        }
-        for i, part in enumerate(encoding.grids):
-            kernels[f"grid gradient {i}"] = enc.make_accumulate_grid(encoding, part)
-        return kernels
-
-    def _allocate_backward(self, n_rows: int) -> None:
-        n_hidden = self.network.n_hidden_layers * self.network.n_neurons
-        n_chunks = -(-n_rows // BACKWARD_CHUNK)
-
-        def zeros(*shape: int, dtype: Any = float) -> wp.array:
-            return wp.zeros(shape, dtype=dtype, device=self.device)
-
-        self._backward_rows = n_rows
-        self._state = zeros(4, dtype=int)  # as in optimizer.py
-        # Activations, dL_dsums, dL_dgrid and loss of each row
-        self._stored = [
-            zeros(n_rows, self.network.n_inputs + n_hidden),
-            zeros(n_rows, n_hidden + self.n_output_dims),
-            self.allocate_features(n_rows),
-            zeros(n_rows),
-        ]
-        # Weight gradient, loss and finiteness of each chunk
-        self._chunks = [zeros(n_chunks, self.network.n_params), zeros(n_chunks), zeros(n_chunks, dtype=int)]
-
-    def allocate_features(self, n_rows: int) -> wp.array:
-        """Room for the grid features of `n_rows` rows: (grid levels, n_rows, n_features_per_level)."""
-        grids = [part.config for part in self.encoding.grids]
-        n_levels = max(1, sum(grid.n_levels for grid in grids))
-        n_features = max([grid.n_features_per_level for grid in grids], default=1)
-        return wp.zeros((n_levels, n_rows, n_features), dtype=float, device=self.device)
-
-    def encode_grids(
-        self, params: wp.array, row: int, n_rows: int, count: wp.array | None, x: wp.array, out: wp.array
-    ) -> None:
-        """CPU only: write the grid features of rows [row, row + n_rows) of `x`, level by level, into `out`."""
-        n_parts = -(-n_rows // grid_wide.GRID_ROWS)
-        for part, encode in zip(self.encoding.grids, self._encode_grids, strict=True):
-            launch(
-                encode,
-                part.config.n_levels * n_parts,
-                inputs=[params, row, n_rows, count, x],
-                outputs=[out],
                 device=self.device,
-                range_size=heavy_range(part.config.n_levels * n_parts),
             )
+        if dL_dparams is not None:
+            launch(opt.take_rows, 1, inputs=[x.shape[0], count], outputs=[self._state], device=self.device)
+            if self.n_matrix_params:
+                launch(
+                    opt.reduce_weight_gradient,
+                    self.n_matrix_params // opt.UPDATE_BLOCK,
+                    inputs=[gradients.chunk_size, self._state, gradients.chunk_gradient],
+                    outputs=[dL_dparams],
+                    device=self.device,
+                )
+            if self.encoding.n_params:
+                self.passes.accumulate_grids(x, self._state, gradients, dL_dparams[self.n_matrix_params :])
 
     def kernels(self) -> dict[str, wp.Kernel]:
-        """Kernels by name, for `nrc.launch.prepare`."""
-        kernels = {"field inference": self._infer}
-        return kernels | {f"grid encoding {i}": kernel for i, kernel in enumerate(self._encode_grids)}
+        """Kernels of `inference` by name, for `nrc.launch.prepare`."""
+        return self.passes.kernels()
 
 
-def wide(device: wp.Device) -> bool:
-    """Whether `device` runs the kernels written for a CPU's vector registers, else one thread per sample."""
-    return device.is_cpu
+class Field(Model):
+    """A learned function R^n_input_dims -> R^n_output_dims: an encoding followed by a network.
 
+    Args:
+        n_input_dims, n_output_dims: Columns of the inputs, which live in [0, 1], and of the outputs.
+        encoding: Dictionary with `otype` HashGrid, DenseGrid, TiledGrid, Frequency, TriangleWave, OneBlob,
+            SphericalHarmonics, Identity or Composite and its options (tiny-cuda-nn's names and defaults).
+        network: Dictionary with `otype` FullyFusedMLP or MLP and its options.
+        seed: Seed of the initial parameters.
+        device: Warp device; the first GPU, else the CPU.
 
-def describe(array: Any) -> str:
-    """Shape, type and device of `array` for an error message."""
-    if isinstance(array, wp.array):
-        return f"{wp.types.type_repr(array.dtype)}{list(array.shape)} on {array.device}"
-    return repr(type(array))
+    Raises:
+        ValueError: Unknown otype, key or value; the message lists what is allowed.
+    """
 
+    network: net.Network
 
-def check_rows(name: str, array: Any, n_columns: int, device: wp.Device) -> None:
-    """Raise ValueError unless `array` is (rows, n_columns) float32 on `device` with contiguous rows."""
-    ok = isinstance(array, wp.array) and array.ndim == 2 and array.dtype == wp.float32 and array.device == device
-    if not ok or array.shape[1] != n_columns or (array.shape[0] > 0 and array.strides[1] != 4):
-        raise ValueError(
-            f"{name} must be float32 (rows, {n_columns}) with contiguous rows on {device}, got {describe(array)}"
+    def __init__(
+        self,
+        n_input_dims: int,
+        n_output_dims: int,
+        encoding: Mapping[str, Any],
+        network: Mapping[str, Any],
+        seed: int = 1337,
+        device: Any = None,
+    ) -> None:
+        self.encoding_config, self.network_config = dict(encoding), dict(network)
+        n_padded = parse_encoding(encoding, n_input_dims, 0).n_padded
+        parsed = parse_network(network, n_padded, n_output_dims)
+        super().__init__(
+            n_input_dims,
+            n_output_dims,
+            parse_encoding(encoding, n_input_dims, parsed.n_params),
+            parsed,
+            seed,
+            resolve_device(device),
         )
 
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments but for the device, as JSON can hold them."""
+        return {
+            "n_input_dims": self.n_input_dims,
+            "n_output_dims": self.n_output_dims,
+            "encoding": self.encoding_config,
+            "network": self.network_config,
+            "seed": self.seed,
+        }
 
-def check_params(name: str, array: Any, n_params: int, device: wp.Device) -> None:
-    """Raise ValueError unless `array` is (n_params,) contiguous float32 on `device`."""
-    ok = isinstance(array, wp.array) and array.dtype == wp.float32 and array.device == device and array.is_contiguous
-    if not ok or array.shape != (n_params,):
-        raise ValueError(f"{name} must be {n_params} contiguous float32 on {device}, got {describe(array)}")
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write configuration and parameters as safetensors, replacing the file only once it is complete.
+
+        The parameters are those being trained, not their moving average; `Trainer.save` adds the optimizer's state.
+        Raises SnapshotError (a ValueError): parameters that are not finite, a file that cannot be written.
+        """
+        params = self.params.numpy()
+        check_finite(path, "params", params)
+        save_tensors(path, {"params": params}, self.config(), kind=SNAPSHOT_KIND)
+
+    @staticmethod
+    def load(path: str | PathLike[str], device: Any = None) -> Field:
+        """The field in a file that `save` or `Trainer.save` wrote, on `device` (the first GPU, else the CPU).
+
+        Raises:
+            SnapshotError: A file that is missing, damaged or of another kind, or whose configuration does not fit the
+                parameters; the message names the file and the entry. A ValueError.
+        """
+        tensors, config = load_tensors(path, kind=SNAPSHOT_KIND)
+        n_params = _n_params(path, config, take_tensor(path, tensors, "params").size)
+        params = take_tensor(path, tensors, "params", (n_params,), np.float32)
+        check_finite(path, "params", params)
+        names = ("n_input_dims", "n_output_dims", "encoding", "network", "seed")
+        field = Field(**{name: config[name] for name in names}, device=device)
+        field.set_params(params)
+        return field
 
 
-def check_count(count: Any, device: wp.Device) -> None:
-    """Raise ValueError unless `count` is None or one int32 on `device`."""
-    if count is None:
-        return
-    if not isinstance(count, wp.array) or count.shape != (1,) or count.dtype != wp.int32 or count.device != device:
-        raise ValueError(f"count must be one int32 on {device}, got {describe(count)}")
+class Network(Field):
+    """A network alone: a `Field` that reads its inputs as they are, padded with ones to a multiple of 16.
+
+    Arguments and errors as of `Field`.
+    """
+
+    def __init__(
+        self, n_input_dims: int, n_output_dims: int, network: Mapping[str, Any], seed: int = 1337, device: Any = None
+    ) -> None:
+        super().__init__(n_input_dims, n_output_dims, {"otype": "Identity"}, network, seed, device)
+
+
+class Encoding(Model):
+    """An encoding alone, without the columns that pad it for a network. Arguments and errors as of `Field`."""
+
+    def __init__(self, n_input_dims: int, encoding: Mapping[str, Any], seed: int = 1337, device: Any = None) -> None:
+        self.encoding_config = dict(encoding)
+        parsed = parse_encoding(encoding, n_input_dims, 0)
+        super().__init__(n_input_dims, parsed.n_output_dims, parsed, None, seed, resolve_device(device))
+
+
+def _n_params(path: str | PathLike[str], config: Mapping[str, Any], n_stored: int) -> int:
+    """Number of parameters of the field that a snapshot describes, known before anything is allocated for it."""
+    for name in ("n_input_dims", "n_output_dims", "seed"):
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "seed" else 1):
+            raise SnapshotError(f"{path}: {name} must be a positive whole number, got {value!r}")
+        if name != "seed" and value > n_stored:  # a network has more weights than inputs or outputs
+            raise SnapshotError(f"{path}: {name} is {value}, more than the {n_stored} parameters stored")
+    for name in ("encoding", "network"):
+        if not isinstance(config.get(name), dict):
+            raise SnapshotError(f"{path}: {name} must be a JSON object, got {config.get(name)!r}")
+    name = "encoding"
+    try:
+        encoding = parse_encoding(config["encoding"], config["n_input_dims"], 0)
+        name = "network"
+        network = parse_network(config["network"], encoding.n_padded, config["n_output_dims"])
+    except (ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+        raise SnapshotError(f"{path}: {name}: {error}") from error
+    return network.n_params + encoding.n_params

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 import warp as wp
 
+MIN_CHUNK, MAX_CHUNK, MAX_CHUNKS = 64, 256, 256
+
+
+def chunk_size_of(n_rows: int) -> int:
+    """Rows that share a sum of weight gradients. It depends on the batch alone, so results do not on the machine."""
+    size = min(MAX_CHUNK, max(MIN_CHUNK, n_rows // 32))
+    size = max(size, -(-n_rows // MAX_CHUNKS))
+    return 1 << (size - 1).bit_length()  # the next power of two
+
+
+def max_chunks(n_rows: int) -> int:
+    """Chunks that batches of up to `n_rows` rows may have."""
+    return min(MAX_CHUNKS, -(-n_rows // MIN_CHUNK))
+
 
 @dataclass(frozen=True)
 class Gradients:

@@ -8,33 +8,95 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import pytest
 import warp as wp
 
-import nrc.field
 import nrc.kernels
-from nrc.cache import CacheConfig, RadianceCache
+from nrc.cache import CacheConfig
+from nrc.field import Field
+from nrc.field_cuda import MIN_MMA_ARCH, CudaPasses
+from nrc.kernels import grid_cuda, optimizer
+from nrc.kernels.cache import N_INPUTS
 
 ARCHITECTURES = (75, 90)  # the oldest that CUDA 13 compiles for, and the newest data-centre one of the design
+MMA_ARCHITECTURES = (MIN_MMA_ARCH, 90)
 
 
-def cache_kernels(encoding: Literal["hash", "frequency"]) -> list[wp.Kernel]:
-    """Factory kernels of a cache as CUDA runs it: field, its gradients, and trainer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nrc.field, "wide", lambda device: False)
-        box = (np.zeros(3), np.ones(3))
-        cache = RadianceCache(box, CacheConfig(encoding), max_queries=1, max_records=1, device="cpu")
-        kernels = {**cache.kernels(), **{f"field {k}": v for k, v in cache.field.backward_kernels().items()}}
-    return [kernel for kernel in kernels.values() if kernel.module.name != kernel.func.__module__]
+def field_kernels(
+    n_inputs: int,
+    n_outputs: int,
+    encoding: dict[str, Any],
+    network: dict[str, Any],
+    loss: str,
+    *,
+    mma: bool,
+    gemm: bool = False,
+) -> list[wp.Kernel]:
+    """Factory kernels of a field and its gradients as CUDA runs them, `gemm` with cuBLASDx's products."""
+    field = Field(n_inputs, n_outputs, encoding, network, device="cpu")
+    passes = CudaPasses(field.encoding, field.network, field.device, mma=mma)
+    alone = CudaPasses(field.encoding, None, field.device)
+    kernels = [
+        *passes.kernels().values(),
+        *passes.training_kernels(loss).values(),
+        *passes.training_kernels(None).values(),
+        passes.input_gradient_kernel,
+        *alone.kernels().values(),
+        *alone.training_kernels(None).values(),
+        alone.input_gradient_kernel,
+    ]
+    for part in field.encoding.grids:
+        kernels.append(grid_cuda.make_accumulate_grid_cuda(field.encoding, part, passes.dtype, wp.float32))
+    if gemm:
+        for kernel in kernels:
+            kernel.module.options["enable_mathdx_gemm"] = True
+    return kernels
 
 
-# Objects whose kernels come from factories, each a function that builds one instance and returns these kernels.
-COMPONENTS: dict[str, Callable[[], list[wp.Kernel]]] = {
-    "RadianceCache hash": lambda: cache_kernels("hash"),
-    "RadianceCache frequency": lambda: cache_kernels("frequency"),
+def optimizer_kernels() -> list[wp.Kernel]:
+    """Factory kernels of the optimizers."""
+    return [
+        optimizer.make_update_weights("Adam", True),
+        optimizer.make_update_weights("SGD", False),
+        optimizer.make_update_tables("Adam", True, wp.float16),
+        optimizer.make_update_tables("SGD", False, wp.float32),
+    ]
+
+
+HASH, FREQUENCY = CacheConfig("hash"), CacheConfig("frequency")
+MANY = {
+    "otype": "Composite",
+    "nested": [
+        {"otype": "TiledGrid", "n_dims_to_encode": 2, "n_levels": 2, "interpolation": "Smoothstep"},
+        {"otype": "DenseGrid", "n_dims_to_encode": 3, "n_levels": 2, "n_features_per_level": 1, "base_resolution": 4},
+        {"otype": "Frequency", "n_dims_to_encode": 1, "n_frequencies": 4},
+        {"otype": "SphericalHarmonics", "n_dims_to_encode": 3, "degree": 4},
+    ],
+}
+
+
+NARROW = {"n_neurons": 16, "n_hidden_layers": 1, "activation": "SiLU", "output_activation": "Exponential"}
+DEEP = {"n_neurons": 128, "n_hidden_layers": 4, "activation": "Softplus", "output_activation": "Sigmoid"}
+GENERAL = {"otype": "MLP", "n_neurons": 208, "n_hidden_layers": 2, "activation": "Sine", "output_activation": "Tanh"}
+CACHE_HASH = (N_INPUTS, 3, HASH.encoding_config(), HASH.network_config(), "RelativeL2Luminance")
+CACHE_FREQUENCY = (N_INPUTS, 3, FREQUENCY.encoding_config(), FREQUENCY.network_config(), "RelativeL2Luminance")
+SMALL = (9, 17, MANY, NARROW, "Huber")
+WIDE = (9, 1, MANY, DEEP, "MAPE")
+LARGE = (9, 4, MANY, GENERAL, "CrossEntropy")
+
+# Kernels that come from factories, by what they belong to; those of `TENSOR_CORES` are for newer cards only.
+FIELDS: dict[str, Callable[[], list[wp.Kernel]]] = {
+    "optimizer": optimizer_kernels,
+    "tile large": lambda: field_kernels(*LARGE, mma=False),
+}
+TENSOR_CORES: dict[str, Callable[[], list[wp.Kernel]]] = {
+    "tile cache hash": lambda: field_kernels(*CACHE_HASH, mma=False, gemm=True),
+    "mma cache hash": lambda: field_kernels(*CACHE_HASH, mma=True),
+    "mma cache frequency": lambda: field_kernels(*CACHE_FREQUENCY, mma=True),
+    "mma small": lambda: field_kernels(*SMALL, mma=True),
+    "mma wide": lambda: field_kernels(*WIDE, mma=True),
 }
 
 
@@ -45,13 +107,13 @@ def kernels_of(module: ModuleType) -> list[wp.Kernel]:
 
 
 def kernel_makers() -> dict[str, Callable[[], list[wp.Kernel]]]:
-    """For each module of nrc.kernels with kernels, and each component, what returns its kernels."""
+    """For each module of nrc.kernels with kernels, and each field, what returns its kernels."""
     names = [info.name for info in pkgutil.walk_packages(nrc.kernels.__path__, "nrc.kernels.")]
     modules = {name: kernels_of(importlib.import_module(name)) for name in names}
     makers: dict[str, Callable[[], list[wp.Kernel]]] = {
         name: lambda kernels=kernels: kernels for name, kernels in modules.items() if kernels
     }
-    return makers | COMPONENTS
+    return makers | FIELDS | TENSOR_CORES
 
 
 def compile_to_cubin(kernels: list[wp.Kernel], architecture: int, folder: Path) -> list[Path]:
@@ -69,7 +131,7 @@ KERNEL_MAKERS = kernel_makers()
 CASES = [
     (name, architecture)
     for name in KERNEL_MAKERS
-    for architecture in ARCHITECTURES
+    for architecture in (MMA_ARCHITECTURES if name in TENSOR_CORES else ARCHITECTURES)
     if name != "nrc.kernels.trace" or architecture == max(ARCHITECTURES)
 ]
 

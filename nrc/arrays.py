@@ -1,0 +1,110 @@
+"""Arrays from NumPy, Warp and whatever speaks DLPack or the CUDA array interface, without a copy where possible."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import warp as wp
+
+
+def as_rows(name: str, array: Any, n_columns: int, device: wp.Device) -> wp.array:
+    """(rows, n_columns) float32 on `device` with contiguous rows to read from.
+
+    The caller's memory where device, type and layout match; a converted copy where they do not. Arrays of `n_columns`
+    vectors count as rows.
+
+    Raises:
+        ValueError: Not an array, or not of `n_columns` columns.
+    """
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{name}: cannot read an array of {array.dtype}")
+        array = np.asarray(array, np.float32)
+    view = _view(name, array)
+    if view.ndim != 2 or view.shape[1] != n_columns:
+        raise ValueError(f"{name} must have shape (rows, {n_columns}), got {describe(view)}")
+    if view.dtype != wp.float32:
+        cast = wp.empty(view.shape, dtype=float, device=view.device)
+        wp.utils.array_cast(view.contiguous(), cast)
+        view = cast
+    if view.shape[0] > 0 and view.strides[1] != 4:
+        view = view.contiguous()
+    return view if view.device == device else view.to(device)
+
+
+def as_written_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_rows: int) -> wp.array:
+    """The caller's own memory as (at least n_rows, n_columns) float32 on `device`, to write to.
+
+    Raises:
+        ValueError: Shape, type, device or layout do not allow that.
+    """
+    view = _view(name, array)
+    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    ok = view.ndim == 2 and view.dtype == wp.float32 and view.device == device and not read_only
+    if not ok or view.shape[1] != n_columns or (view.shape[0] > 0 and view.strides[1] != 4):
+        kind = "writable " if read_only else ""
+        raise ValueError(
+            f"{name} must be {kind}float32 (rows, {n_columns}) with contiguous rows on {device}, got {describe(view)}"
+        )
+    if view.shape[0] < n_rows:
+        raise ValueError(f"{name} has {view.shape[0]} rows, x has {n_rows}")
+    return view
+
+
+def as_params(name: str, array: Any, n_params: int, device: wp.Device) -> wp.array:
+    """The caller's own memory as (n_params,) contiguous float32 on `device`.
+
+    Raises:
+        ValueError: Shape, type, device or layout differ.
+    """
+    view = _view(name, array)
+    ok = view.dtype == wp.float32 and view.device == device and (view.is_contiguous or n_params == 0)
+    if not ok or view.shape != (n_params,):
+        raise ValueError(f"{name} must be {n_params} contiguous float32 on {device}, got {describe(view)}")
+    return view
+
+
+def check_count(count: Any, device: wp.Device) -> None:
+    """Raise ValueError unless `count` is None or one int32 on `device`."""
+    if count is None:
+        return
+    if not isinstance(count, wp.array) or count.shape != (1,) or count.dtype != wp.int32 or count.device != device:
+        raise ValueError(f"count must be one int32 on {device}, got {describe(count)}")
+
+
+def describe(array: Any) -> str:
+    """Shape, type and device of `array` for an error message."""
+    if isinstance(array, wp.array):
+        return f"{wp.types.type_repr(array.dtype)}{list(array.shape)} on {array.device}"
+    return repr(type(array))
+
+
+def _view(name: str, array: Any) -> wp.array:
+    """`array` as a Warp array of scalars over the same memory."""
+    if isinstance(array, wp.array):
+        if not wp.types.type_is_vector(array.dtype):
+            return array
+        vector: Any = array.dtype  # viewed with one more dimension
+        scalar = vector._wp_scalar_type_
+        return wp.array(
+            ptr=array.ptr,
+            dtype=scalar,
+            shape=(*array.shape, vector._length_),
+            strides=(*array.strides, wp.types.type_size_in_bytes(scalar)),
+            device=array.device,
+            copy=False,
+        )
+    try:
+        if isinstance(array, np.ndarray):
+            return wp.array(array, dtype=wp.dtype_from_numpy(array.dtype), device="cpu", copy=False)
+        if hasattr(array, "__dlpack__"):  # torch, JAX, CuPy, DrJit
+            array = array.detach() if getattr(array, "requires_grad", False) else array
+            return cast(wp.array, wp.from_dlpack(array))
+        if hasattr(array, "__cuda_array_interface__"):
+            return wp.array(array, device=wp.get_device("cuda"), copy=False)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{name}: cannot read {type(array).__name__}: {error}") from error
+    raise ValueError(
+        f"{name} must be an array (NumPy, Warp, DLPack or CUDA array interface), got {type(array).__name__}"
+    )
