@@ -27,7 +27,6 @@ from typing import Any
 
 import warp as wp
 
-BLOCK_DIM = 256  # CUDA threads per block where the kernel's module has no option of its own
 MIN_RANGE = 2048  # of a cheap kernel's indices, below which starting a range costs more than its work
 
 _pool: ThreadPoolExecutor | None = None

@@ -14,6 +14,7 @@ from .field import Field
 from .field_cpu import CpuPasses
 from .gradients import Gradients
 from .kernels import optimizer as opt
+from .kernels import optimizer_wide
 from .launch import heavy_range, launch, threads
 
 
@@ -48,14 +49,16 @@ class Optimizer:
         otype, average = self.config.otype, self.config.ema_decay is not None
         self._n_matrix = field.n_params - encoding.n_params
         self._n_blocks = encoding.n_params // opt.UPDATE_BLOCK
-        make_update_weights = opt.make_update_weights_wide if self.device.is_cpu else opt.make_update_weights
+        make_update_weights = optimizer_wide.make_update_weights_wide if self.device.is_cpu else opt.make_update_weights
         self._update_weights = make_update_weights(otype, average)
-        self._weights_per_thread = opt.WIDTH if self.device.is_cpu else 1
-        self._debias_tables = opt.make_debias_tables_wide() if self.device.is_cpu else opt.debias_tables
+        self._weights_per_thread = optimizer_wide.WIDTH if self.device.is_cpu else 1
+        self._debias_tables = optimizer_wide.make_debias_tables_wide() if self.device.is_cpu else opt.debias_tables
         self._update_grids: list[wp.Kernel] = []
         self._update_tables: wp.Kernel | None = None  # where the tables' gradients are not summed level by level
         if isinstance(field.passes, CpuPasses):
-            self._update_grids = [opt.make_update_grid_wide(encoding, part, otype, average) for part in encoding.grids]
+            self._update_grids = [
+                optimizer_wide.make_update_grid_wide(encoding, part, otype, average) for part in encoding.grids
+            ]
             self._next_level = self._zeros(1, dtype=int)
             self._lane_gradient: Any = self._zeros(0, 0)
             self._reserve_lanes()
@@ -114,7 +117,7 @@ class Optimizer:
         if n_lanes <= self._lane_gradient.shape[0]:
             return
         self._lane_gradient = self._zeros(n_lanes, n_params)
-        self._lane_touched = self._zeros(n_lanes, -(-n_params // opt.WORD_PARAMS), dtype=wp.uint64)
+        self._lane_touched = self._zeros(n_lanes, -(-n_params // optimizer_wide.WORD_PARAMS), dtype=wp.uint64)
 
     @property
     def ema_params(self) -> wp.array:
@@ -131,7 +134,7 @@ class Optimizer:
             launch(opt.debias_weights, self._n_matrix, **arguments)
             n, range_size = self.field.encoding.n_params, None
             if self.device.is_cpu:
-                n, range_size = -(-n // opt.DEBIAS_CHUNK), 8
+                n, range_size = -(-n // optimizer_wide.DEBIAS_CHUNK), 8
             launch(self._debias_tables, n, range_size=range_size, **arguments)
         return self._ema_params
 

@@ -86,17 +86,15 @@ SMALL = (9, 17, MANY, NARROW, "Huber")
 WIDE = (9, 1, MANY, DEEP, "MAPE")
 LARGE = (9, 4, MANY, GENERAL, "CrossEntropy")
 
-# Kernels that come from factories, by what they belong to; those of `TENSOR_CORES` are for newer cards only.
-FIELDS: dict[str, Callable[[], list[wp.Kernel]]] = {
-    "optimizer": optimizer_kernels,
-    "tile large": lambda: field_kernels(*LARGE, mma=False),
-}
-TENSOR_CORES: dict[str, Callable[[], list[wp.Kernel]]] = {
-    "tile cache hash": lambda: field_kernels(*CACHE_HASH, mma=False, gemm=True),
-    "mma cache hash": lambda: field_kernels(*CACHE_HASH, mma=True),
-    "mma cache frequency": lambda: field_kernels(*CACHE_FREQUENCY, mma=True),
-    "mma small": lambda: field_kernels(*SMALL, mma=True),
-    "mma wide": lambda: field_kernels(*WIDE, mma=True),
+# Kernels that come from factories: for what cards, and a function that returns them.
+COMPONENTS: dict[str, tuple[tuple[int, ...], Callable[[], list[wp.Kernel]]]] = {
+    "optimizer": (ARCHITECTURES, optimizer_kernels),
+    "tile large": ((75,), lambda: field_kernels(*LARGE, mma=False)),
+    "tile cache hash": ((90,), lambda: field_kernels(*CACHE_HASH, mma=False, gemm=True)),
+    "mma cache hash": (MMA_ARCHITECTURES, lambda: field_kernels(*CACHE_HASH, mma=True)),
+    "mma cache frequency": (MMA_ARCHITECTURES, lambda: field_kernels(*CACHE_FREQUENCY, mma=True)),
+    "mma small": (MMA_ARCHITECTURES, lambda: field_kernels(*SMALL, mma=True)),
+    "mma wide": (MMA_ARCHITECTURES, lambda: field_kernels(*WIDE, mma=True)),
 }
 
 
@@ -106,14 +104,11 @@ def kernels_of(module: ModuleType) -> list[wp.Kernel]:
     return [value for value in values if isinstance(value, wp.Kernel) and value.func.__module__ == module.__name__]
 
 
-def kernel_makers() -> dict[str, Callable[[], list[wp.Kernel]]]:
-    """For each module of nrc.kernels with kernels, and each field, what returns its kernels."""
+def module_kernels() -> dict[str, list[wp.Kernel]]:
+    """The kernels of each module of nrc.kernels that has some."""
     names = [info.name for info in pkgutil.walk_packages(nrc.kernels.__path__, "nrc.kernels.")]
     modules = {name: kernels_of(importlib.import_module(name)) for name in names}
-    makers: dict[str, Callable[[], list[wp.Kernel]]] = {
-        name: lambda kernels=kernels: kernels for name, kernels in modules.items() if kernels
-    }
-    return makers | FIELDS | TENSOR_CORES
+    return {name: kernels for name, kernels in modules.items() if kernels}
 
 
 def compile_to_cubin(kernels: list[wp.Kernel], architecture: int, folder: Path) -> list[Path]:
@@ -126,21 +121,21 @@ def compile_to_cubin(kernels: list[wp.Kernel], architecture: int, folder: Path) 
     ]
 
 
-KERNEL_MAKERS = kernel_makers()
+MODULES = module_kernels()
 # The megakernel takes NVRTC and ptxas half a minute per architecture; the newer one has to do.
 CASES = [
     (name, architecture)
-    for name in KERNEL_MAKERS
-    for architecture in (MMA_ARCHITECTURES if name in TENSOR_CORES else ARCHITECTURES)
+    for name in MODULES
+    for architecture in ARCHITECTURES
     if name != "nrc.kernels.trace" or architecture == max(ARCHITECTURES)
-]
+] + [(name, architecture) for name, (architectures, _) in COMPONENTS.items() for architecture in architectures]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, architecture", CASES)
 def test_kernels_compile_for_cuda(name: str, architecture: int, tmp_path: Path) -> None:
     """NVRTC and ptxas accept the kernels, and every Warp module leaves an ELF file."""
-    kernels = KERNEL_MAKERS[name]()
+    kernels = MODULES[name] if name in MODULES else COMPONENTS[name][1]()
     cubins = compile_to_cubin(kernels, architecture, tmp_path)
     n_modules = len({id(kernel.module) for kernel in kernels})
     assert len(cubins) == n_modules > 0

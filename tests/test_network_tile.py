@@ -1,4 +1,4 @@
-"""The CUDA passes with the tile network, run on the CPU, against NumPy in double precision."""
+"""The CUDA passes on the CPU: with the tile network against NumPy in double precision, with `mma` against the tiles."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ import pytest
 import reference_encoding as encodings
 import reference_network as reference
 import warp as wp
+from warp_emulator import LANES, EmulatedWarp
 
 import nrc.field_cuda
 from nrc.config import parse_encoding
 from nrc.field_cuda import CudaPasses
+from nrc.kernels import network_mma
 from nrc.kernels.network import Network
 from nrc.kernels.network_tile import Tiling
 
@@ -273,3 +275,34 @@ def test_threads_of_a_block_share_its_work(monkeypatch: pytest.MonkeyPatch):
     problem.passes._group_threads, problem.passes._gradient_threads = threads[True], threads[False]
     for together, expected in zip(results(), alone, strict=True):
         np.testing.assert_array_equal(together, expected)
+
+
+def test_both_networks_agree_through_the_same_passes(monkeypatch: pytest.MonkeyPatch):
+    """`mma` kernels on an emulated warp: outputs, losses, gradients by weights and codes are those of the tiles."""
+    problem, warps = Problem("64 ReLU"), EmulatedWarp()
+    for name in [name for name in vars(network_mma) if name.startswith("make_") and "mma" in name]:
+        factory = getattr(network_mma, name)
+        monkeypatch.setattr(network_mma, name, lambda *args, factory=factory: warps.make(factory, *args))
+
+    def launch_warps(kernel, n, *, inputs, outputs, device, range_size=None):
+        if kernel.key.endswith("_mma"):
+            assert n % LANES == 0
+            warps.launch(kernel, n, inputs, outputs)
+        else:
+            wp.launch(kernel, n, [0, *inputs], list(outputs), device=device)
+
+    monkeypatch.setattr(nrc.field_cuda, "launch", launch_warps)
+
+    def results():
+        out = problem.array(np.full((N_ROWS, problem.network.n_outputs), np.nan))
+        problem.passes.evaluate(problem.array(problem.params), problem.array(problem.x), out, problem.count)
+        gradients = problem.backpropagate(problem.y, problem.loss, problem.pdf)
+        n_chunks = -(-COUNT // gradients.chunk_size)
+        assert gradients.chunk_finite.numpy()[:n_chunks].all() and np.isnan(out.numpy()[COUNT:]).all()
+        chunks = [a.numpy()[:n_chunks] for a in (gradients.chunk_gradient, gradients.chunk_loss)]
+        return [out.numpy()[:COUNT], gradients.dL_dcode.numpy()[:COUNT], *chunks]
+
+    tiles = results()
+    problem.passes = CudaPasses(problem.encoding, problem.network, problem.device, mma=True)
+    for mma, tile in zip(results(), tiles, strict=True):
+        assert error(mma, np.float64(tile)) < TOLERANCE[wp.float16]
