@@ -8,7 +8,7 @@ import warp as wp
 
 from .gradients import Gradients, chunk_size_of, max_chunks
 from .kernels import encoding as enc
-from .kernels import grid_cuda, network_mma, network_tile
+from .kernels import grid_cuda, network_mma, network_tile, tile
 from .kernels import network as net
 from .launch import launch
 
@@ -77,7 +77,7 @@ class CudaPasses:
 
     def _use_tiles(self, network: net.Network) -> None:
         dtype, gemm = self.dtype, self._gemm
-        tiling = network_tile.Tiling(network, dtype)
+        tiling = tile.Tiling(network, dtype)
         self._pack = network_tile.make_pack_weights_tile(network, dtype)
         self._evaluate = network_tile.make_infer_tile(self.encoding, network, dtype, gemm)
         self._accumulate = network_tile.make_accumulate_weight_gradient_tile(network, dtype, gemm)

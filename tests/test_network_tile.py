@@ -14,7 +14,7 @@ from nrc.config import parse_encoding
 from nrc.field_cuda import CudaPasses
 from nrc.kernels import network_mma
 from nrc.kernels.network import Network
-from nrc.kernels.network_tile import Tiling
+from nrc.kernels.tile import Tiling
 
 # Relative errors in the norm: of a few roundings to 24 and to 11 bits. The oracle rounds weights and values as the
 # passes do, or else a ReLU's derivative would flip where its sum is smaller than that.
