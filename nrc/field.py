@@ -158,7 +158,7 @@ class Model:
             launch(
                 self.passes.input_gradient_kernel,
                 x.shape[0],
-                inputs=[self.params, 1.0 / self.passes.loss_scale, x.shape[0], count, x, gradients.dL_dcode],
+                inputs=[self.params, 1.0 / gradients.loss_scale, x.shape[0], count, x, gradients.dL_dcode],
                 outputs=[dL_dx],
                 device=self.device,
             )

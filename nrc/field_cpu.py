@@ -19,12 +19,11 @@ class CpuPasses:
     """Kernels and working memory of one encoding and, unless it stands alone, its network.
 
     Attributes:
-        table_dtype, loss_scale: Of the gradients that `accumulate_grids` adds.
+        table_dtype: Of the gradients that `accumulate_grids` adds.
         input_gradient_kernel: Carries dL_dcode on to the inputs.
     """
 
     table_dtype: Any = float
-    loss_scale = 1.0
 
     def __init__(self, encoding: enc.Encoding, network: net.Network | None, device: wp.Device) -> None:
         self.encoding, self.network, self.device = encoding, network, device

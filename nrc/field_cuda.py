@@ -12,7 +12,9 @@ from .kernels import grid_cuda, network_mma, network_tile, tile
 from .kernels import network as net
 from .launch import launch
 
-LOSS_SCALE = 128.0  # of half-precision gradients; a power of two, so that dividing by it rounds nothing
+# Powers of two, so that dividing by them rounds nothing: of gradients that a caller gives, and, so that half precision
+# holds one row's part of a mean whatever the batch, of a loss times 1 / (rows x outputs).
+LOSS_SCALE, ROW_SCALE = 128.0, 1.0 / 256.0
 ROW_MULTIPLE = 128  # what rows are allocated in: whole groups of either implementation
 MIN_MMA_ARCH = 80  # the oldest compute capability whose tensor cores `network_mma` programs
 
@@ -28,7 +30,7 @@ class CudaPasses:
             device has the instructions and the network is a FullyFusedMLP.
 
     Attributes:
-        table_dtype, loss_scale: Of the gradients that `accumulate_grids` adds.
+        table_dtype: Of the gradients that `accumulate_grids` adds.
         input_gradient_kernel: Carries dL_dcode on to the inputs.
 
     Raises:
@@ -47,7 +49,6 @@ class CudaPasses:
         self.encoding, self.network, self.device = encoding, network, device
         self.dtype: Any = dtype if network else wp.float32
         self.table_dtype: Any = self.dtype
-        self.loss_scale = LOSS_SCALE if self.dtype == wp.float16 else 1.0
         self.input_gradient_kernel = enc.make_input_gradient(encoding, self.dtype)
         self._n_reserved = 0
         self._no_floats, self._no_flags = self._zeros(0), self._zeros(0, dtype=int)
@@ -124,12 +125,13 @@ class CudaPasses:
         if input_gradient:
             self._reserve_codes()
         dL_dcode = self._dL_dcode if input_gradient or self.encoding.grids else self._no_codes
+        scale = self._loss_scale(loss, n_rows)
         self._pack_weights(params)
         stored = [self._activations, self._deltas]
         self._launch_groups(
             self._backpropagate_kernel(loss),
             n_rows,
-            [self._weights, params, self.loss_scale, n_rows, count, x, y, pdf],
+            [self._weights, params, scale, n_rows, count, x, y, pdf],
             [*stored, dL_dcode, self._row_loss],
         )
         size = chunk_size_of(n_rows)
@@ -137,7 +139,7 @@ class CudaPasses:
         launch(
             self._accumulate,
             n,
-            inputs=[size, self.loss_scale, n_rows, count, *stored, self._row_loss],
+            inputs=[size, scale, n_rows, count, *stored, self._row_loss],
             outputs=[self._chunk_gradient, self._chunk_loss, self._chunk_finite],
             device=self.device,
             range_size=n,
@@ -149,14 +151,15 @@ class CudaPasses:
             self._chunk_finite,
             None,
             dL_dcode if dL_dcode.shape[0] else None,
+            scale,
         )
 
     def accumulate_grids(self, x: wp.array, state: wp.array, gradients: Gradients, dL_dtable: wp.array) -> None:
         """Add the gradients of the grids' tables, which start `dL_dtable`, if `state` says so.
 
-        They are `loss_scale` times the true ones in a table of `table_dtype`, and the true ones in one of float32.
+        Times `gradients.loss_scale` in a table of `table_dtype`, without it in one of float32.
         """
-        scale = 1.0 / self.loss_scale if dL_dtable.dtype == wp.float32 else 1.0
+        scale = 1.0 / gradients.loss_scale if dL_dtable.dtype == wp.float32 else 1.0
         n_rows = x.shape[0]
         for part in self.encoding.grids:
             launch(
@@ -211,6 +214,13 @@ class CudaPasses:
         if self.mma:
             return network_mma.make_backpropagate_mma(self.encoding, self.network, loss)
         return network_tile.make_backpropagate_tile(self.encoding, self.network, loss, self.dtype, self._gemm)
+
+    def _loss_scale(self, loss: str | None, n_rows: int) -> float:
+        if self.dtype != wp.float16:
+            return 1.0
+        if loss is None or self.network is None:
+            return LOSS_SCALE
+        return max(LOSS_SCALE, ROW_SCALE * (1 << (n_rows * self.network.n_outputs).bit_length()))
 
     def _pack_weights(self, params: wp.array) -> None:
         launch(self._pack, self._n_packed, inputs=[params], outputs=[self._weights], device=self.device)

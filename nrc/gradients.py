@@ -31,8 +31,9 @@ class Gradients:
         chunk_loss: (chunks) float32 part of the loss.
         chunk_finite: (chunks) int, 0 where a gradient is not finite.
         dL_dgrid: (grid levels, rows, features) float32 gradient of the grids' features; None on CUDA.
-        dL_dcode: (rows, network inputs) gradient of the encoded inputs times the passes' loss scale, float16 on CUDA and
-            float32 on the CPU, where it is None unless the gradient of the inputs was asked for.
+        dL_dcode: (rows, network inputs) gradient of the encoded inputs times `loss_scale`, float16 on CUDA and float32
+            on the CPU, where it is None unless the gradient of the inputs was asked for.
+        loss_scale: Power of two that keeps half-precision gradients away from underflow; 1 on the CPU.
     """
 
     chunk_size: int
@@ -41,3 +42,4 @@ class Gradients:
     chunk_finite: wp.array
     dL_dgrid: wp.array | None
     dL_dcode: wp.array | None
+    loss_scale: float = 1.0

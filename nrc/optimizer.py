@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
+from .arrays import as_rows, check_count
 from .config import parse_optimizer
 from .field import Field
 from .field_cpu import CpuPasses
@@ -19,12 +20,10 @@ from .launch import heavy_range, launch, threads
 
 
 class Optimizer:
-    """Steps `field.params` along gradients that `field.passes.backpropagate` computed.
+    """Steps `field.params` along gradients: those of a `Trainer`'s loss, or of a loss of the caller's own::
 
-    A caller with a loss of its own goes::
-
-        gradients = field.passes.backpropagate(field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=False)
-        optimizer.step(gradients, x, x.shape[0], count)
+        y = field.forward(x)
+        optimizer.step(x, dL_dy)  # dL_dy computed from y
 
     Tables are updated where their gradient is not zero, each parameter with its own step count; what a step costs grows
     with the rows, not with the tables. L2 regularisation acts on the network's weights, as part of the gradient. A sum
@@ -164,7 +163,27 @@ class Optimizer:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
         return dict(self._state_arrays)
 
-    def step(self, gradients: Gradients, x: wp.array, n_rows: int, count: wp.array | None) -> wp.array:
+    def step(self, x: Any, dL_dy: Any, *, count: wp.array | None = None) -> None:
+        """Take one step along the gradient of a scalar L by the outputs at `x`, which `Field.forward` gives.
+
+        Args:
+            x: (rows, n_input_dims) inputs.
+            dL_dy: (rows, n_output_dims).
+            count: Number of rows to use, an int32 array of length 1 on the device; all rows by default.
+
+        Raises:
+            ValueError: Wrong shape, type or device.
+        """
+        field = self.field
+        x = as_rows("x", x, field.n_input_dims, self.device)
+        dL_dy = as_rows("dL_dy", dL_dy, field.n_output_dims, self.device)
+        check_count(count, self.device)
+        if dL_dy.shape[0] < x.shape[0]:
+            raise ValueError(f"dL_dy has {dL_dy.shape[0]} rows, x has {x.shape[0]}")
+        gradients = field.passes.backpropagate(field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=False)
+        self.apply(gradients, x, x.shape[0], count)
+
+    def apply(self, gradients: Gradients, x: wp.array, n_rows: int, count: wp.array | None) -> wp.array:
         """Take one step. Without rows nothing changes; with a non-finite gradient the step is skipped and counted.
 
         Args:
@@ -212,7 +231,7 @@ class Optimizer:
             launch(
                 self._update_tables,
                 self._n_blocks,
-                inputs=[1.0 / passes.loss_scale, self._state, self._words, self._dL_dtable, self._view],
+                inputs=[1.0 / gradients.loss_scale, self._state, self._words, self._dL_dtable, self._view],
                 device=device,
             )
         return self._loss

@@ -123,7 +123,7 @@ class Trainer:
         gradients = field.passes.backpropagate(
             field.params, x, y, count, loss=self.loss_otype, pdf=pdf, input_gradient=False
         )
-        return self._optimizer.step(gradients, x, n_rows, count)
+        return self._optimizer.apply(gradients, x, n_rows, count)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the field as `Field.save` does, which `Field.load` reads, and all that training needs to go on."""

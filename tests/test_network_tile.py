@@ -140,11 +140,11 @@ def test_gradients_equal_numpy(problem: Problem):
     gradients = problem.backpropagate(dL_dy, None)
     sums, values = problem.forward()
     deltas, dL_dcode = problem.deltas(sums, dL_dy[:COUNT])
-    stored = passes._deltas.numpy()[:COUNT, : passes._n_delta_columns] / passes.loss_scale
+    stored = passes._deltas.numpy()[:COUNT, : passes._n_delta_columns] / gradients.loss_scale
     n_neurons = problem.network.n_neurons
     for i, delta in enumerate(deltas):
         assert error(stored[:, i * n_neurons : i * n_neurons + delta.shape[1]], delta) < tolerance
-    assert error(gradients.dL_dcode.numpy()[:COUNT] / passes.loss_scale, dL_dcode) < tolerance
+    assert error(gradients.dL_dcode.numpy()[:COUNT] / gradients.loss_scale, dL_dcode) < tolerance
     n_chunks = -(-COUNT // gradients.chunk_size)
     total = gradients.chunk_gradient.numpy()[:n_chunks].sum(axis=0)
     for (first, n_in, n_out), value, delta in zip(problem.network.layers, values, deltas, strict=False):
@@ -169,7 +169,7 @@ def test_loss_and_its_gradient_equal_numpy(name: str):
     dL_dy = reference.loss_gradient(problem.loss, values[-1], problem.y[:COUNT]) / norm
     deltas, _ = problem.deltas(sums, dL_dy)
     first = passes._n_delta_columns - Tiling(problem.network, problem.dtype).n_outputs
-    stored = passes._deltas.numpy()[:COUNT, first : first + problem.network.n_outputs] / passes.loss_scale
+    stored = passes._deltas.numpy()[:COUNT, first : first + problem.network.n_outputs] / gradients.loss_scale
     assert error(stored, deltas[-1]) < tolerance
 
 
@@ -178,13 +178,13 @@ def test_table_gradient_equals_numpy(problem: Problem):
     passes = problem.passes
     dL_dy = np.random.default_rng(1).normal(size=problem.y.shape)
     gradients = problem.backpropagate(dL_dy, None)
-    dL_dcode = np.float64(gradients.dL_dcode.numpy()[:COUNT]) / passes.loss_scale
+    dL_dcode = np.float64(gradients.dL_dcode.numpy()[:COUNT]) / gradients.loss_scale
     config = CASES[problem.name][0]
     n_columns = config["n_levels"] * config["n_features_per_level"]
     expected = encodings.grid_gradient(problem.x[:COUNT, :2], config, dL_dcode[:, :n_columns])
     state = problem.array([1, COUNT, 1, 0], int)
     for dtype in (passes.table_dtype, wp.float32):
-        scale = passes.loss_scale if dtype == wp.float16 else 1.0
+        scale = gradients.loss_scale if dtype == wp.float16 else 1.0
         table = wp.zeros(problem.encoding.n_params, dtype=dtype, device=problem.device)
         passes.accumulate_grids(problem.array(problem.x), state, gradients, table)
         assert error(table.numpy() / scale, expected) < TOLERANCE[dtype]

@@ -118,8 +118,9 @@ def scripted_step(optimizer, passes, weight_chunks, table, finite=1):
     n = len(weight_chunks)
     passes.dL_dtable = (table * passes.loss_scale).astype(wp.dtype_to_numpy(passes.table_dtype))
     ones = np.ones(n, np.float32)
-    gradients = Gradients(64, array(weight_chunks), array(ones), array(finite * ones.astype(int), int), None, None)
-    return optimizer.step(gradients, None, 64 * n, None)
+    flags = array(finite * ones.astype(int), int)
+    gradients = Gradients(64, array(weight_chunks), array(ones), flags, None, None, passes.loss_scale)
+    return optimizer.apply(gradients, None, 64 * n, None)
 
 
 def scripted_field(n_matrix, n_encoding, passes, rng):
