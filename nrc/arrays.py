@@ -17,18 +17,10 @@ def as_rows(name: str, array: Any, n_columns: int, device: wp.Device) -> wp.arra
     Raises:
         ValueError: Not an array, or not of `n_columns` columns.
     """
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "fiub":
-            raise ValueError(f"{name}: cannot read an array of {array.dtype}")
-        array = np.asarray(array, np.float32)
-    view = _view(name, array)
+    view = _floats(name, array)
     if view.ndim != 2 or view.shape[1] != n_columns:
         raise ValueError(f"{name} must have shape (rows, {n_columns}), got {describe(view)}")
-    if view.dtype != wp.float32:
-        cast = wp.empty(view.shape, dtype=float, device=view.device)
-        wp.utils.array_cast(view.contiguous(), cast)
-        view = cast
-    if view.shape[0] > 0 and view.strides[1] != 4:
+    if view.shape[0] > 0 and view.strides[1] != 4 and n_columns > 1:
         view = view.contiguous()
     return view if view.device == device else view.to(device)
 
@@ -42,7 +34,7 @@ def as_written_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_
     view = _view(name, array)
     read_only = isinstance(array, np.ndarray) and not array.flags.writeable
     ok = view.ndim == 2 and view.dtype == wp.float32 and view.device == device and not read_only
-    if not ok or view.shape[1] != n_columns or (view.shape[0] > 0 and view.strides[1] != 4):
+    if not ok or view.shape[1] != n_columns or (view.shape[0] > 0 and view.strides[1] != 4 and n_columns > 1):
         kind = "writable " if read_only else ""
         raise ValueError(
             f"{name} must be {kind}float32 (rows, {n_columns}) with contiguous rows on {device}, got {describe(view)}"
@@ -52,25 +44,38 @@ def as_written_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_
     return view
 
 
-def as_params(name: str, array: Any, n_params: int, device: wp.Device) -> wp.array:
-    """The caller's own memory as (n_params,) contiguous float32 on `device`.
+def as_values(name: str, array: Any, n: int, device: wp.Device) -> wp.array:
+    """(n,) contiguous float32 on `device` to read from, converted where necessary. ValueError for another shape."""
+    view = _floats(name, array)
+    if view.shape != (n,):
+        raise ValueError(f"{name} must have shape ({n},), got {describe(view)}")
+    view = view if view.is_contiguous or n == 0 else view.contiguous()
+    return view if view.device == device else view.to(device)
+
+
+def as_written_values(name: str, array: Any, n: int, device: wp.Device) -> wp.array:
+    """The caller's own memory as (n,) contiguous float32 on `device`, to write to.
 
     Raises:
-        ValueError: Shape, type, device or layout differ.
+        ValueError: Shape, type, device or layout do not allow that.
     """
     view = _view(name, array)
-    ok = view.dtype == wp.float32 and view.device == device and (view.is_contiguous or n_params == 0)
-    if not ok or view.shape != (n_params,):
-        raise ValueError(f"{name} must be {n_params} contiguous float32 on {device}, got {describe(view)}")
+    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    ok = view.dtype == wp.float32 and view.device == device and (view.is_contiguous or n == 0) and not read_only
+    if not ok or view.shape != (n,):
+        kind = "writable " if read_only else ""
+        raise ValueError(f"{name} must be {n} {kind}contiguous float32 on {device}, got {describe(view)}")
     return view
 
 
-def check_count(count: Any, device: wp.Device) -> None:
-    """Raise ValueError unless `count` is None or one int32 on `device`."""
+def as_count(count: Any, device: wp.Device) -> wp.array | None:
+    """The caller's own array of one int32 on `device`, or None. Raises ValueError for anything else."""
     if count is None:
-        return
-    if not isinstance(count, wp.array) or count.shape != (1,) or count.dtype != wp.int32 or count.device != device:
-        raise ValueError(f"count must be one int32 on {device}, got {describe(count)}")
+        return None
+    view = _view("count", count)
+    if view.shape != (1,) or view.dtype != wp.int32 or view.device != device:
+        raise ValueError(f"count must be an array of one int32 on {device}, got {describe(view)}")
+    return view
 
 
 def describe(array: Any) -> str:
@@ -80,6 +85,23 @@ def describe(array: Any) -> str:
     return repr(type(array))
 
 
+def _floats(name: str, array: Any) -> wp.array:
+    """`array` as float32, in place or converted."""
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{name}: cannot read an array of {array.dtype}")
+        array = np.asarray(array, np.float32)
+    view = _view(name, array)
+    if view.dtype == wp.float32:
+        return view
+    converted = wp.empty(view.shape, dtype=float, device=view.device)
+    try:
+        wp.utils.array_cast(view.contiguous(), converted)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: cannot convert {describe(view)} to float32") from error
+    return converted
+
+
 def _view(name: str, array: Any) -> wp.array:
     """`array` as a Warp array of scalars over the same memory."""
     if isinstance(array, wp.array):
@@ -87,7 +109,7 @@ def _view(name: str, array: Any) -> wp.array:
             return array
         vector: Any = array.dtype  # viewed with one more dimension
         scalar = vector._wp_scalar_type_
-        return wp.array(
+        view: Any = wp.array(
             ptr=array.ptr,
             dtype=scalar,
             shape=(*array.shape, vector._length_),
@@ -95,6 +117,8 @@ def _view(name: str, array: Any) -> wp.array:
             device=array.device,
             copy=False,
         )
+        view._ref = array  # whose memory must outlive the view
+        return view
     try:
         if isinstance(array, np.ndarray):
             return wp.array(array, dtype=wp.dtype_from_numpy(array.dtype), device="cpu", copy=False)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import warp as wp
 
-from nrc.arrays import check_count
+from nrc.arrays import as_count
 from nrc.field import Field
 from nrc.kernels import cache as kc
 from nrc.launch import launch, resolve_device
@@ -198,7 +198,7 @@ class RadianceCache:
 
     def query_primary(self, records: Records, count: wp.array | None = None) -> wp.array:
         """As `query`, from the weights being trained: the tails of self-training suffixes."""
-        return self._query(records, count, self.trainer.params, self._primary_radiance)
+        return self._query(records, count, self.trainer.field.params, self._primary_radiance)
 
     def train(self, records: Records, targets: wp.array, count: wp.array | None = None) -> None:
         """Learn from one frame: shuffle the records into batches and take one optimizer step on each.
@@ -260,7 +260,7 @@ class RadianceCache:
     def reset(self) -> None:
         """Forget everything: weights, moments, averages, the estimated radiance scale and all counters."""
         self.field.reset()
-        self.trainer.reset()
+        self.trainer.optimizer.reset()
         self._scale.fill_(self.config.radiance_scale or 0.0)
         for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):
             counter.zero_()
@@ -290,7 +290,7 @@ class RadianceCache:
         }
 
     def _arrays(self) -> dict[str, wp.array]:
-        trainer = {f"trainer.{name}": array for name, array in self.trainer.state_arrays().items()}
+        trainer = {f"trainer.{name}": array for name, array in self.trainer.optimizer.state_arrays().items()}
         return {"scale": self._scale, "round": self._round, **trainer}
 
     def _query(self, records: Records, count: wp.array | None, params: wp.array, out: wp.array) -> wp.array:
@@ -316,9 +316,9 @@ class RadianceCache:
         return out
 
     def _checked_count(self, count: wp.array | None, n: int) -> wp.array:
-        if count is not None:
-            check_count(count, self.device)
-            return count
+        given = as_count(count, self.device)
+        if given is not None:
+            return given
         if n not in self._full_counts:
             self._full_counts[n] = wp.array([n], dtype=int, device=self.device)
         return self._full_counts[n]

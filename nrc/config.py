@@ -215,7 +215,9 @@ def parse_options(
                 raise ValueError(f"{key} in {what} is {value!r}; allowed: {', '.join(map(str, only[key]))}")
             continue
         if key not in defaults:
-            raise ValueError(f"unknown key {key!r} in {what}; allowed: {', '.join(('otype', *defaults, *only))}")
+            chosen = "" if "otype" in config else " (the default, as 'otype' is missing)"
+            allowed = ", ".join(("otype", *defaults, *only))
+            raise ValueError(f"unknown key {key!r} in {what}{chosen}; allowed: {allowed}")
         options[key] = _typed(value, type(defaults[key]), f"{key} in {what}")
     return options
 
@@ -286,7 +288,7 @@ def _complete_grid(options: dict[str, Any], config: Mapping[str, Any], default_t
         if alias not in config:
             continue
         if "n_levels" in config:
-            raise ValueError(f"{alias} and n_levels say the same: give one of them")
+            raise ValueError(f"{alias}, of all levels together, and n_levels contradict each other: give one of them")
         if width < 1 or n_features % width:
             raise ValueError(f"{alias} is {n_features}, no multiple of n_features_per_level, {width}")
         options["n_levels"] = n_features // width

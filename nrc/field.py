@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
+from copy import deepcopy
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import warp as wp
 
-from .arrays import as_params, as_rows, as_written_rows, check_count
+from .arrays import as_count, as_rows, as_values, as_written_rows, as_written_values
 from .config import parse_encoding, parse_network
 from .field_cpu import CpuPasses
 from .field_cuda import CudaPasses
@@ -22,6 +24,7 @@ from .snapshot import SnapshotError, check_finite, load_tensors, save_tensors, t
 
 SNAPSHOT_KIND = "nrc.field"
 GRID_INIT = 1e-4  # table entries start uniform in +-GRID_INIT
+DRAWN = 1 << 20  # entries drawn at once
 
 
 class Model:
@@ -32,6 +35,8 @@ class Model:
 
     `params` holds the network's weights first (each layer a row-major inputs x outputs matrix, in order), then the
     encodings' parameters (grid tables in the order of the composite, level by level).
+
+    Calls share working memory: one thread, and on CUDA one stream, at a time.
 
     Attributes:
         n_input_dims, n_output_dims: Columns of inputs, which live in [0, 1], and of outputs.
@@ -68,28 +73,26 @@ class Model:
         for first, n_in, n_out in self.network.layers if self.network else ():
             bound = math.sqrt(6.0 / (n_in + -(-n_out // 16) * 16))  # tiny-cuda-nn pads the outputs to 16
             params[first : first + n_in * n_out] = rng.uniform(-bound, bound, n_in * n_out)
-        params[self.n_matrix_params :] = rng.uniform(-GRID_INIT, GRID_INIT, self.encoding.n_params)
+        for first in range(self.n_matrix_params, self.n_params, DRAWN):
+            part = params[first : first + DRAWN]
+            part[:] = rng.uniform(-GRID_INIT, GRID_INIT, part.size)
         self.params.assign(params)
 
     def set_params(self, params: Any) -> None:
-        """Overwrite the parameters with `n_params` finite floats."""
-        if isinstance(params, wp.array):
-            params = params.numpy()
-        elif hasattr(params, "__dlpack__") and not isinstance(params, np.ndarray):
-            array: Any = wp.from_dlpack(params.detach() if hasattr(params, "detach") else params)
-            params = array.numpy()
-        values = np.asarray(params, np.float32)
-        if values.shape != (self.n_params,):
-            raise ValueError(f"expected {self.n_params} parameters, got an array of shape {values.shape}")
-        if not np.isfinite(values).all():
+        """Overwrite the parameters with `n_params` finite floats.
+
+        A moving average that follows them takes the new ones for old: reset the optimizer as well.
+        """
+        values = as_values("params", params, self.n_params, self.device)
+        if not np.isfinite(values.numpy()).all():
             raise ValueError("parameters must be finite")
         self.params.assign(values)
 
-    def forward(self, x: Any, out: Any = None, *, count: wp.array | None = None) -> wp.array:
-        """As `inference`, with the parameters being trained: the values whose derivatives `backward` gives."""
+    def forward(self, x: Any, out: Any = None, *, count: Any = None) -> wp.array:
+        """As `inference`, always with the parameters being trained: the values whose derivatives `backward` gives."""
         return self.inference(x, out, count=count)
 
-    def inference(self, x: Any, out: Any = None, *, params: Any = None, count: wp.array | None = None) -> wp.array:
+    def inference(self, x: Any, out: Any = None, *, params: Any = None, count: Any = None) -> wp.array:
         """Evaluate rows of `x`, however many.
 
         Args:
@@ -100,17 +103,18 @@ class Model:
             count: Number of rows to evaluate, an int32 array of length 1 on the device; all rows by default.
 
         Returns:
-            (capacity, n_output_dims) float32 on the device: `out` where it was given.
+            (capacity, n_output_dims) float32 on the device: the memory of `out` where it was given. In a new array,
+            rows from `count` on hold anything.
 
         Raises:
             ValueError: Wrong shape, type or device.
         """
         x = as_rows("x", x, self.n_input_dims, self.device)
-        check_count(count, self.device)
+        count = as_count(count, self.device)
         if out is None:
             out = wp.empty((x.shape[0], self.n_output_dims), dtype=float, device=self.device)
         out = as_written_rows("out", out, self.n_output_dims, self.device, x.shape[0])
-        params = self.params if params is None else as_params("params", params, self.n_params, self.device)
+        params = self.params if params is None else as_values("params", params, self.n_params, self.device)
         self.passes.evaluate(params, x, out, count)
         return out
 
@@ -121,7 +125,7 @@ class Model:
         *,
         dL_dx: Any = None,
         dL_dparams: Any = None,
-        count: wp.array | None = None,
+        count: Any = None,
     ) -> None:
         """Add the gradients of a scalar L by inputs and parameters, given its gradient by the outputs at `x`.
 
@@ -142,7 +146,7 @@ class Model:
         """
         x = as_rows("x", x, self.n_input_dims, self.device)
         dL_dy = as_rows("dL_dy", dL_dy, self.n_output_dims, self.device)
-        check_count(count, self.device)
+        count = as_count(count, self.device)
         if dL_dx is None and dL_dparams is None:
             raise ValueError("backward needs dL_dx or dL_dparams to add to")
         if dL_dy.shape[0] < x.shape[0]:
@@ -150,7 +154,7 @@ class Model:
         if dL_dx is not None:
             dL_dx = as_written_rows("dL_dx", dL_dx, self.n_input_dims, self.device, x.shape[0])
         if dL_dparams is not None:
-            dL_dparams = as_params("dL_dparams", dL_dparams, self.n_params, self.device)
+            dL_dparams = as_written_values("dL_dparams", dL_dparams, self.n_params, self.device)
         gradients = self.passes.backpropagate(
             self.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=dL_dx is not None
         )
@@ -206,7 +210,8 @@ class Field(Model):
         seed: int = 1337,
         device: Any = None,
     ) -> None:
-        self.encoding_config, self.network_config = dict(encoding), dict(network)
+        n_input_dims, n_output_dims = _whole("n_input_dims", n_input_dims), _whole("n_output_dims", n_output_dims)
+        self.encoding_config, self.network_config = deepcopy(encoding), deepcopy(network)
         n_padded = parse_encoding(encoding, n_input_dims, 0).n_padded
         parsed = parse_network(network, n_padded, n_output_dims)
         super().__init__(
@@ -242,6 +247,8 @@ class Field(Model):
     def load(path: str | PathLike[str], device: Any = None) -> Field:
         """The field in a file that `save` or `Trainer.save` wrote, on `device` (the first GPU, else the CPU).
 
+        A `Network` comes back as the `Field` that it is.
+
         Raises:
             SnapshotError: A file that is missing, damaged or of another kind, or whose configuration does not fit the
                 parameters; the message names the file and the entry. A ValueError.
@@ -272,9 +279,33 @@ class Encoding(Model):
     """An encoding alone, without the columns that pad it for a network. Arguments and errors as of `Field`."""
 
     def __init__(self, n_input_dims: int, encoding: Mapping[str, Any], seed: int = 1337, device: Any = None) -> None:
-        self.encoding_config = dict(encoding)
+        n_input_dims = _whole("n_input_dims", n_input_dims)
+        self.encoding_config = deepcopy(encoding)
         parsed = parse_encoding(encoding, n_input_dims, 0)
         super().__init__(n_input_dims, parsed.n_output_dims, parsed, None, seed, resolve_device(device))
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return max(operator.index(value), 0)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def check_same_field(path: str | PathLike[str], config: Mapping[str, Any], field: Field) -> None:
+    """Raise SnapshotError unless a snapshot's configuration describes `field`, however it is spelled."""
+    _n_params(path, config, field.n_params)
+    here = field.config()
+    encoding = parse_encoding(config["encoding"], config["n_input_dims"], field.n_matrix_params)
+    network = parse_network(config["network"], encoding.n_padded, config["n_output_dims"])
+    for name, same in (
+        ("n_input_dims", config["n_input_dims"] == field.n_input_dims),
+        ("n_output_dims", config["n_output_dims"] == field.n_output_dims),
+        ("encoding", encoding == field.encoding),
+        ("network", network == field.network),
+    ):
+        if not same:
+            raise SnapshotError(f"{path}: {name} is {config[name]} in the file, {here[name]} in the field")
 
 
 def _n_params(path: str | PathLike[str], config: Mapping[str, Any], n_stored: int) -> int:

@@ -19,11 +19,8 @@ class CpuPasses:
     """Kernels and working memory of one encoding and, unless it stands alone, its network.
 
     Attributes:
-        table_dtype: Of the gradients that `accumulate_grids` adds.
         input_gradient_kernel: Carries dL_dcode on to the inputs.
     """
-
-    table_dtype: Any = float
 
     def __init__(self, encoding: enc.Encoding, network: net.Network | None, device: wp.Device) -> None:
         self.encoding, self.network, self.device = encoding, network, device
@@ -31,10 +28,15 @@ class CpuPasses:
         self._encode_grids = [grid_wide.make_encode_grid_wide(encoding, part) for part in encoding.grids]
         self._accumulate_grids = [grid_wide.make_accumulate_grid_wide(encoding, part) for part in encoding.grids]
         self._features = self._allocate_features(SLICE_ROWS)
-        self._n_reserved = 0
-        self._nothing, self._no_flags = self._zeros(0), self._zeros(0, dtype=int)
+        self._n_reserved = -1
         if network is None:
             self._evaluate = encoding_wide.make_encode_wide(encoding)
+            self._no_weights, self._no_loss, self._all_finite = (
+                self._zeros(1, 0),
+                self._zeros(1),
+                self._zeros(1, dtype=int),
+            )
+            self._all_finite.fill_(1)
             self._split_gradient = enc.make_split_gradient(encoding)
             return
         self._evaluate = network_wide.make_infer_wide(encoding, network)
@@ -76,8 +78,8 @@ class CpuPasses:
             launch(
                 self._split_gradient, n_rows, inputs=[n_rows, count, y], outputs=[self._dL_dgrid], device=self.device
             )
-            return Gradients(0, self._nothing, self._nothing, self._no_flags, self._dL_dgrid, y)
-        size = chunk_size_of(n_rows)
+            return Gradients(max(1, n_rows), self._no_weights, self._no_loss, self._all_finite, self._dL_dgrid, y)
+        size = chunk_size_of(n_rows, self.network.n_params)
         n_chunks = -(-n_rows // size)
         if input_gradient and self._dL_dcode.shape[0] < n_rows:
             self._dL_dcode = self._zeros(self._n_reserved, self.network.n_inputs)
@@ -125,7 +127,7 @@ class CpuPasses:
         self._n_reserved = n_rows
         self._dL_dgrid = self._allocate_features(n_rows)
         if self.network:
-            n_chunks = max_chunks(n_rows)
+            n_chunks = max_chunks(n_rows, self.network.n_params)
             self._chunk_gradient = self._zeros(n_chunks, self.network.n_params)
             self._chunk_loss = self._zeros(n_chunks)
             self._chunk_finite = self._zeros(n_chunks, dtype=int)

@@ -50,11 +50,16 @@ class CudaPasses:
         self.dtype: Any = dtype if network else wp.float32
         self.table_dtype: Any = self.dtype
         self.input_gradient_kernel = enc.make_input_gradient(encoding, self.dtype)
-        self._n_reserved = 0
-        self._no_floats, self._no_flags = self._zeros(0), self._zeros(0, dtype=int)
+        self._n_reserved = -1
         self._no_codes = self._zeros(0, 0, dtype=self.dtype)
         if network is None:
             self._evaluate = enc.make_encode_rows(encoding)
+            self._no_weights, self._no_loss, self._all_finite = (
+                self._zeros(1, 0),
+                self._zeros(1),
+                self._zeros(1, dtype=int),
+            )
+            self._all_finite.fill_(1)
             return
         self._gemm = device.is_cuda and device.arch >= MIN_MMA_ARCH
         if mma is None:
@@ -119,13 +124,13 @@ class CudaPasses:
         Their arrays are overwritten by the next call. Allocates where more rows come than ever before.
         """
         if self.network is None:
-            return Gradients(0, self._no_floats, self._no_floats, self._no_flags, None, y)
+            return Gradients(max(1, x.shape[0]), self._no_weights, self._no_loss, self._all_finite, None, y)
         n_rows = x.shape[0]
         self.reserve(n_rows)
         if input_gradient:
             self._reserve_codes()
         dL_dcode = self._dL_dcode if input_gradient or self.encoding.grids else self._no_codes
-        scale = self._loss_scale(loss, n_rows)
+        scale = self._loss_scale(loss, n_rows, count)
         self._pack_weights(params)
         stored = [self._activations, self._deltas]
         self._launch_groups(
@@ -134,7 +139,7 @@ class CudaPasses:
             [self._weights, params, scale, n_rows, count, x, y, pdf],
             [*stored, dL_dcode, self._row_loss],
         )
-        size = chunk_size_of(n_rows)
+        size = chunk_size_of(n_rows, self.network.n_params)
         n = -(-n_rows // size) * self._gradient_groups * self._gradient_threads
         launch(
             self._accumulate,
@@ -181,7 +186,7 @@ class CudaPasses:
         self._activations = self._zeros(n_rows, network.n_inputs + n_hidden, dtype=self.dtype)
         self._deltas = self._zeros(n_rows, self._n_delta_columns, dtype=self.dtype)
         self._row_loss = self._zeros(n_rows)
-        n_chunks = max_chunks(n_rows)
+        n_chunks = max_chunks(n_rows, self.network.n_params)
         self._chunk_gradient = self._zeros(n_chunks, network.n_params)
         self._chunk_loss = self._zeros(n_chunks)
         self._chunk_finite = self._zeros(n_chunks, dtype=int)
@@ -215,10 +220,10 @@ class CudaPasses:
             return network_mma.make_backpropagate_mma(self.encoding, self.network, loss)
         return network_tile.make_backpropagate_tile(self.encoding, self.network, loss, self.dtype, self._gemm)
 
-    def _loss_scale(self, loss: str | None, n_rows: int) -> float:
+    def _loss_scale(self, loss: str | None, n_rows: int, count: wp.array | None) -> float:
         if self.dtype != wp.float16:
             return 1.0
-        if loss is None or self.network is None:
+        if loss is None or count is not None or self.network is None:  # a mean over how many is not known here
             return LOSS_SCALE
         return max(LOSS_SCALE, ROW_SCALE * (1 << (n_rows * self.network.n_outputs).bit_length()))
 

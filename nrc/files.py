@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], error: type[Va
     A process that dies in between leaves the older file as it was, and perhaps a hidden temporary one beside it. Raises
     `error`, naming the file and the reason, where `write` fails or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power failure could leave the new name on an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError, TypeError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)

@@ -6,19 +6,24 @@ from dataclasses import dataclass
 
 import warp as wp
 
-MIN_CHUNK, MAX_CHUNK, MAX_CHUNKS = 64, 256, 256
+MIN_CHUNK, MAX_CHUNK = 64, 256
+MIN_CHUNKS, MAX_CHUNKS, MAX_SUMS = 16, 256, 1 << 25  # chunks of a large batch; floats that their sums may take
 
 
-def chunk_size_of(n_rows: int) -> int:
-    """Rows that share a sum of weight gradients. It depends on the batch alone, so results do not on the machine."""
+def chunk_size_of(n_rows: int, n_weights: int) -> int:
+    """Rows that share a sum of weight gradients: of batch and network alone, as results should be."""
     size = min(MAX_CHUNK, max(MIN_CHUNK, n_rows // 32))
-    size = max(size, -(-n_rows // MAX_CHUNKS))
+    size = max(size, -(-n_rows // _most(n_weights)))
     return 1 << (size - 1).bit_length()  # the next power of two
 
 
-def max_chunks(n_rows: int) -> int:
+def max_chunks(n_rows: int, n_weights: int) -> int:
     """Chunks that batches of up to `n_rows` rows may have."""
-    return min(MAX_CHUNKS, -(-n_rows // MIN_CHUNK))
+    return min(_most(n_weights), -(-n_rows // MIN_CHUNK))
+
+
+def _most(n_weights: int) -> int:
+    return max(MIN_CHUNKS, min(MAX_CHUNKS, MAX_SUMS // max(1, n_weights)))
 
 
 @dataclass(frozen=True)

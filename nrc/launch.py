@@ -52,11 +52,11 @@ def set_threads(n_threads: int) -> None:
 
 
 def resolve_device(device: Any = None) -> wp.Device:
-    """The Warp device for `device` (name, Device or None). None means the first CUDA device, else the CPU."""
+    """The Warp device for a name, a Device of Warp or torch, or None: the first CUDA device, else the CPU."""
     if device is None:
         device = "cuda:0" if wp.is_cuda_available() else "cpu"
     try:
-        return wp.get_device(device)
+        return wp.get_device(device if isinstance(device, wp.Device) else str(device))
     except (ValueError, RuntimeError) as error:
         names = ", ".join(str(d) for d in wp.get_devices())
         raise ValueError(f"unknown device {device!r}; available: {names}") from error

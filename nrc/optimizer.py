@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from .arrays import as_rows, check_count
+from .arrays import as_count, as_rows
 from .config import parse_optimizer
-from .field import Field
+from .field import Model
 from .field_cpu import CpuPasses
 from .gradients import Gradients
 from .kernels import optimizer as opt
@@ -30,8 +30,9 @@ class Optimizer:
     of table gradients that overflows leaves its entry alone.
 
     Args:
-        field: Whose parameters to train.
+        field: The field, network or encoding whose parameters to train.
         config: Dictionary with `otype` Adam or SGD, possibly nested in Ema and ExponentialDecay, in any order.
+        batch_size: Rows to reserve working memory for. By default it grows with the largest batch so far.
 
     Attributes:
         config: The parsed dictionary.
@@ -40,7 +41,7 @@ class Optimizer:
         ValueError: Unknown otype, key or value; the message lists what is allowed.
     """
 
-    def __init__(self, field: Field, config: Mapping[str, Any]) -> None:
+    def __init__(self, field: Model, config: Mapping[str, Any], *, batch_size: int | None = None) -> None:
         self.field = field
         self.config = parse_optimizer(config)
         self.device = field.device
@@ -66,14 +67,14 @@ class Optimizer:
             self._update_tables = opt.make_update_tables(otype, average, dtype)
             self._dL_dtable: Any = self._zeros(encoding.n_params, dtype=dtype)
             n_words = encoding.n_params * wp.types.type_size_in_bytes(dtype) // 8
-            self._words: wp.array = wp.array(
-                ptr=self._dL_dtable.ptr, dtype=wp.uint64, shape=n_words, device=self.device
-            )
+            self._words = self._plain(self._dL_dtable, wp.uint64, n_words)
         self._state = self._zeros(4, dtype=int)
         self._loss = self._zeros(1)
         self._view = self._make_view()
         self._ema_params = wp.empty(field.n_params, dtype=float, device=self.device) if average else field.params
         self.reset()
+        if batch_size is not None:
+            field.passes.reserve(batch_size)
 
     def _make_view(self) -> Any:
         config, n_blocks = self.config, self._n_blocks
@@ -94,16 +95,18 @@ class Optimizer:
         # Warp's vectors and structs as plain numbers, for `state_arrays`
         self._state_arrays: dict[str, Any] = {"params": view.params, "weights": view.weights}
         if n_moments:
-            self._state_arrays["moments"] = self._plain(view.moments, float, 2 * opt.UPDATE_BLOCK)
-            self._state_arrays["steps"] = self._plain(view.steps, wp.uint16, opt.UPDATE_BLOCK)
+            self._state_arrays["moments"] = self._plain(view.moments, float, n_blocks, 2 * opt.UPDATE_BLOCK)
+            self._state_arrays["steps"] = self._plain(view.steps, wp.uint16, n_blocks, opt.UPDATE_BLOCK)
         if n_averages:
-            self._state_arrays["average"] = self._plain(view.average, float, opt.UPDATE_BLOCK)
+            self._state_arrays["average"] = self._plain(view.average, float, n_blocks, opt.UPDATE_BLOCK)
             self._state_arrays["stamps"] = view.stamps
         self._state_arrays |= {"counters": self._state, "learning_rate": view.learning_rate}
         return view
 
-    def _plain(self, array: wp.array, dtype: Any, n_columns: int) -> wp.array:
-        return wp.array(ptr=array.ptr, dtype=dtype, shape=(array.shape[0], n_columns), device=self.device)
+    def _plain(self, array: wp.array, dtype: Any, *shape: int) -> wp.array:
+        view: Any = wp.array(ptr=array.ptr, dtype=dtype, shape=shape, device=self.device)
+        view._ref = array  # whose memory must outlive the view
+        return view
 
     def _zeros(self, *shape: int, dtype: Any = float) -> Any:
         return wp.zeros(shape, dtype=dtype, device=self.device)
@@ -163,7 +166,7 @@ class Optimizer:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
         return dict(self._state_arrays)
 
-    def step(self, x: Any, dL_dy: Any, *, count: wp.array | None = None) -> None:
+    def step(self, x: Any, dL_dy: Any, *, count: Any = None) -> None:
         """Take one step along the gradient of a scalar L by the outputs at `x`, which `Field.forward` gives.
 
         Args:
@@ -177,7 +180,7 @@ class Optimizer:
         field = self.field
         x = as_rows("x", x, field.n_input_dims, self.device)
         dL_dy = as_rows("dL_dy", dL_dy, field.n_output_dims, self.device)
-        check_count(count, self.device)
+        count = as_count(count, self.device)
         if dL_dy.shape[0] < x.shape[0]:
             raise ValueError(f"dL_dy has {dL_dy.shape[0]} rows, x has {x.shape[0]}")
         gradients = field.passes.backpropagate(field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=False)
@@ -258,7 +261,7 @@ class Optimizer:
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels by name, for `nrc.launch.prepare`."""
-        kernels = {"weight update": self._update_weights}
+        kernels = {"step decision": opt.decide_step, "weight update": self._update_weights}
         if self._update_tables is not None:
             kernels["table update"] = self._update_tables
         kernels |= {f"grid update {i}": kernel for i, kernel in enumerate(self._update_grids)}

@@ -76,7 +76,7 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
     except SnapshotError:
         raise
     except OSError as error:
-        raise SnapshotError(f"{path}: {error.strerror or error}") from error
+        raise SnapshotError(f"{path}: {'no such file' if not path.exists() else error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:
         raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
     stated = metadata.pop("sha256", "")
@@ -119,8 +119,8 @@ def check_finite(path: str | os.PathLike[str], name: str, values: np.ndarray) ->
 
 def _check_format(path: Path, metadata: Mapping[str, str], kind: str) -> None:
     if metadata.get("format") != kind:
-        found = metadata.get("format", "nothing of this program")
-        raise SnapshotError(f"{path}: format is {found!r}, expected {kind!r}")
+        found = metadata.get("format")
+        raise SnapshotError(f"{path}: format is {found!r}, expected {kind!r}: written by another program")
     if metadata.get("version") != str(VERSION):
         raise SnapshotError(f"{path}: version is {metadata.get('version')!r}, this program reads {VERSION}")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import warp as wp
 
-from .arrays import as_params, as_rows, check_count
+from .arrays import as_count, as_rows, as_values
 from .config import parse_loss
-from .field import SNAPSHOT_KIND, Field
+from .field import SNAPSHOT_KIND, Field, check_same_field
 from .kernels import optimizer as opt
 from .kernels.loss import check_loss
 from .optimizer import Optimizer
@@ -33,6 +33,10 @@ class Trainer:
         batch_size: Largest number of rows of a step: then no step allocates. By default working memory grows with the
             largest batch so far.
 
+    Attributes:
+        field: The field, whose `params` each step changes.
+        optimizer: Its `Optimizer`, which has the state: `reset` forgets it.
+
     Raises:
         ValueError: Unknown otype, key or value; the message lists what is allowed.
     """
@@ -46,19 +50,7 @@ class Trainer:
         self.batch_size = batch_size
         self.loss_otype = parse_loss(loss)
         check_loss(self.loss_otype, field.n_output_dims)
-        self._optimizer = Optimizer(field, optimizer)
-        if batch_size is not None:
-            field.passes.reserve(batch_size)
-
-    @property
-    def optimizer(self) -> opt.Optimizer:
-        """The optimizer's configuration."""
-        return self._optimizer.config
-
-    @property
-    def params(self) -> wp.array:
-        """The primary parameters, the same array as `field.params`."""
-        return self.field.params
+        self.optimizer = Optimizer(field, optimizer, batch_size=batch_size)
 
     @property
     def ema_params(self) -> wp.array:
@@ -66,41 +58,29 @@ class Trainer:
 
         Reading it brings the array up to date on the device (and is captured in a CUDA graph as such).
         """
-        return self._optimizer.ema_params
+        return self.optimizer.ema_params
 
     @property
     def n_steps(self) -> wp.array:
         """Optimizer steps taken, one int32 on the device."""
-        return self._optimizer.n_steps
+        return self.optimizer.n_steps
 
     @property
     def skipped_steps(self) -> wp.array:
         """Steps skipped for a non-finite gradient, one int32 on the device."""
-        return self._optimizer.skipped_steps
+        return self.optimizer.skipped_steps
 
-    @property
-    def learning_rate(self) -> wp.array:
-        """Learning rate of the last step, one float32 on the device."""
-        return self._optimizer.learning_rate
-
-    def reset(self) -> None:
-        """Forget moments, averages and step counts. The parameters stay: see `Field.reset`."""
-        self._optimizer.reset()
-
-    def state_arrays(self) -> dict[str, wp.array]:
-        """The device arrays that training changes, by name: parameters, moments, averages and counters."""
-        return self._optimizer.state_arrays()
-
-    def step(self, x: Any, y: Any, *, pdf: Any = None, count: wp.array | None = None) -> wp.array:
+    def step(self, x: Any, y: Any, *, pdf: Any = None, count: Any = None) -> wp.array:
         """Take one optimizer step on the mean loss over rows x outputs.
 
-        Without rows nothing changes; with a non-finite gradient the step is skipped and counted in `skipped_steps`.
-        Nothing but the rows decides the result: neither earlier batch sizes nor, on the CPU, the number of threads.
+        Without rows nothing changes, the loss included; with a gradient of the network that is not finite the step is
+        skipped and counted in `skipped_steps`, and a table entry whose gradient overflows is left alone. The rows and
+        their capacity decide the result: neither earlier batch sizes nor, on the CPU, the number of threads.
 
         Args:
             x: (rows, n_input_dims) inputs, in [0, 1].
             y: (rows, n_output_dims) targets.
-            pdf: (rows,) float32 density that each row was drawn with, which divides its part of the loss.
+            pdf: (rows,) positive density that each row was drawn with, which divides its part of the loss.
             count: Number of rows to use, an int32 array of length 1 on the device; all rows by default.
 
         Returns:
@@ -112,10 +92,10 @@ class Trainer:
         field = self.field
         x = as_rows("x", x, field.n_input_dims, field.device)
         y = as_rows("y", y, field.n_output_dims, field.device)
-        check_count(count, field.device)
+        count = as_count(count, field.device)
         n_rows = x.shape[0]
         if pdf is not None:
-            pdf = as_params("pdf", pdf, n_rows, field.device)
+            pdf = as_values("pdf", pdf, n_rows, field.device)
         if y.shape[0] < n_rows:
             raise ValueError(f"y has {y.shape[0]} rows, x has {n_rows}")
         if self.batch_size is not None and n_rows > self.batch_size:
@@ -123,45 +103,50 @@ class Trainer:
         gradients = field.passes.backpropagate(
             field.params, x, y, count, loss=self.loss_otype, pdf=pdf, input_gradient=False
         )
-        return self._optimizer.apply(gradients, x, n_rows, count)
+        return self.optimizer.apply(gradients, x, n_rows, count)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the field as `Field.save` does, which `Field.load` reads, and all that training needs to go on."""
-        tensors = {OPTIMIZER_PREFIX + name: array.numpy() for name, array in self.state_arrays().items()}
+        tensors = {OPTIMIZER_PREFIX + name: array.numpy() for name, array in self.optimizer.state_arrays().items()}
         tensors["params"] = tensors.pop(OPTIMIZER_PREFIX + "params")
         check_finite(path, "params", tensors["params"])
-        config = self.field.config() | {"loss": self.loss_otype, "optimizer": asdict(self.optimizer)}
+        config = self.field.config() | {"optimizer": asdict(self.optimizer.config)}
         save_tensors(path, tensors, config, kind=SNAPSHOT_KIND)
 
     def load_state(self, path: str | PathLike[str]) -> None:
         """Restore parameters, moments, averages and counters, so that training goes on as if uninterrupted.
 
-        Field and optimizer must be those of the snapshot, but for the seed, the learning rate and its schedule. Raises
-        SnapshotError, and then leaves everything as it was.
+        Field and optimizer must be those of the snapshot, but for the seed, the learning rate and its schedule, which
+        stay the trainer's; so does the loss. Raises SnapshotError, and then leaves everything as it was.
         """
         tensors, config = load_tensors(path, kind=SNAPSHOT_KIND)
         if "optimizer" not in config:
             raise SnapshotError(f"{path}: optimizer: the snapshot holds a field alone, no state of a trainer")
-        here = json.loads(json.dumps(self.field.config() | {"optimizer": asdict(self.optimizer)}))
-        for name in ("n_input_dims", "n_output_dims", "encoding", "network"):
-            if config.get(name) != here[name]:
-                raise SnapshotError(f"{path}: {name} is {config.get(name)} in the file, {here[name]} in the field")
-        theirs, mine = config["optimizer"], here["optimizer"]
-        if not isinstance(theirs, dict) or _without_rate(theirs) != _without_rate(mine):
-            raise SnapshotError(f"{path}: optimizer is {theirs} in the file, {mine} in the trainer")
-        arrays = self.state_arrays()
+        check_same_field(path, config, self.field)
+        theirs, mine = config["optimizer"], asdict(self.optimizer.config)
+        if not isinstance(theirs, dict) or set(theirs) != set(mine):
+            raise SnapshotError(f"{path}: optimizer must have {', '.join(mine)}, got {theirs!r}")
+        for name in mine:
+            if name not in RATE_SETTINGS and theirs[name] != mine[name]:
+                raise SnapshotError(
+                    f"{path}: optimizer: {name} is {theirs[name]} in the file, {mine[name]} in the trainer"
+                )
+        arrays = self.optimizer.state_arrays()
         restored = {}
         for name, array in arrays.items():
             key = name if name == "params" else OPTIMIZER_PREFIX + name
             restored[name] = take_tensor(path, tensors, key, array.shape, wp.dtype_to_numpy(array.dtype))
-        check_finite(path, "params", restored["params"])
+        for name, values in restored.items():
+            if values.dtype == np.float32:
+                check_finite(path, name, values)
+        n_steps = restored["counters"][opt.N_STEPS]
+        if (restored["counters"] < 0).any():
+            raise SnapshotError(f"{path}: {OPTIMIZER_PREFIX}counters has negative counts")
+        if "stamps" in restored and ((restored["stamps"] < 0) | (restored["stamps"] > n_steps)).any():
+            raise SnapshotError(f"{path}: {OPTIMIZER_PREFIX}stamps has steps beyond the {n_steps} taken")
         for name, array in arrays.items():
             array.assign(restored[name])
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels by name, for `nrc.launch.prepare`."""
-        return self.field.passes.training_kernels(self.loss_otype) | self._optimizer.kernels()
-
-
-def _without_rate(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.items() if name not in RATE_SETTINGS}
+        return self.field.passes.training_kernels(self.loss_otype) | self.optimizer.kernels()

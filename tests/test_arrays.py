@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import warp as wp
 
-from nrc.arrays import as_params, as_rows, as_written_rows, check_count
+from nrc.arrays import as_count, as_rows, as_values, as_written_rows, as_written_values
 
 CPU = wp.get_device("cpu")
 
@@ -95,7 +95,38 @@ def test_outputs_must_be_usable_in_place():
     ):
         with pytest.raises(ValueError, match=message):
             as_written_rows("out", array, 2, CPU, 4)
-    with pytest.raises(ValueError, match="params must be 5 contiguous float32"):
-        as_params("params", random(4), 5, CPU)
-    with pytest.raises(ValueError, match="count must be one int32 on cpu"):
-        check_count(wp.zeros(2, dtype=int, device="cpu"), CPU)
+    with pytest.raises(ValueError, match="dL_dparams must be 5 contiguous float32"):
+        as_written_values("dL_dparams", random(4), 5, CPU)
+    with pytest.raises(ValueError, match="writable"):
+        as_written_values("dL_dparams", np.frombuffer(bytes(20), np.float32), 5, CPU)
+
+
+def test_values_are_converted():
+    """A flat array of another type is copied where it is read; its length is checked."""
+    np.testing.assert_array_equal(as_values("pdf", np.arange(4), 4, CPU).numpy(), np.arange(4.0))
+    with pytest.raises(ValueError, match=r"pdf must have shape \(5,\), got float32\[4\]"):
+        as_values("pdf", random(4), 5, CPU)
+
+
+def test_brain_floats_are_converted():
+    """torch's bfloat16, which NumPy does not know."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    np.testing.assert_array_equal(
+        as_values("p", torch.full((3,), 1.5, dtype=torch.bfloat16), 3, CPU).numpy(), [1.5] * 3
+    )
+
+
+def test_counts_come_from_any_library():
+    """One int32, in place; nothing else."""
+    count = np.array([7], np.int32)
+    assert as_count(count, CPU).ptr == count.ctypes.data and as_count(None, CPU) is None
+    for wrong in (np.array([7]), np.zeros(2, np.int32), 7):
+        with pytest.raises(ValueError, match="count"):
+            as_count(wrong, CPU)
+
+
+def test_views_keep_their_memory():
+    """A temporary array of vectors lives as long as what reads it."""
+    rows = [as_rows("x", wp.array(np.full((5000, 3), i), dtype=wp.vec3, device="cpu"), 3, CPU) for i in range(50)]
+    for i, row in enumerate(rows):
+        assert (row.numpy() == i).all()

@@ -323,7 +323,7 @@ def test_negative_targets_are_dropped_and_counted():
 def test_non_finite_answers_are_black_and_counted():
     """Broken weights give 0, not NaN, and `stats` says how often."""
     cache = trained()
-    cache.trainer.params.fill_(math.nan)
+    cache.trainer.field.params.fill_(math.nan)
     records = records_of(random_arrays(50))
     answer = cache.query_primary(records, count_of(40)).numpy()[:40]
     assert np.array_equal(answer, np.zeros((40, 3)))
@@ -340,7 +340,7 @@ def test_display_reads_the_average_and_tails_the_primary_weights():
     shown, primary = cache.query(records).numpy()[:200].copy(), cache.query_primary(records).numpy()[:200].copy()
     assert np.abs(shown - primary).max() > 1e-3
     albedo = reflectance(random_arrays(200, seed=9))
-    for answer, params in ((shown, cache.trainer.ema_params), (primary, cache.trainer.params)):
+    for answer, params in ((shown, cache.trainer.ema_params), (primary, cache.trainer.field.params)):
         y = wp.full((200, 3), math.nan, dtype=float, device="cpu")
         x = wp.array(cache._query_x.numpy()[:200], dtype=float, device="cpu")
         cache.field.inference(x, y, params=params)

@@ -117,12 +117,12 @@ class Twin:
         return np.concatenate(parts), np.einsum("nk,nkd->nd", dL_dcode, self.jacobian)
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
+def assert_close(actual: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 2e-5) -> None:
     """All but a few entries within single precision's reach, zeros where zeros belong, the same direction."""
     scale = np.abs(expected).max() + 1e-30
     error = np.abs(actual - expected) / scale
     # Sums of some 1e2 terms of either sign in single precision; a kink within rounding takes the other side
-    assert np.percentile(error, 99) < 2e-5, f"{what}: {np.percentile(error, [50, 99, 100])} of {scale}"
+    assert np.percentile(error, 99) < tolerance, f"{what}: {np.percentile(error, [50, 99, 100])} of {scale}"
     if expected.any():
         cosine = (actual * expected).sum() / np.sqrt((actual**2).sum() * (expected**2).sum())
         assert cosine > 0.99999, f"{what}: cosine {cosine}"
@@ -161,7 +161,8 @@ def check_component(encoding_name: str, network_name: str, loss: str) -> None:
     value = trainer.step(x, target).numpy()[0]
     np.testing.assert_allclose(value, networks.loss(loss, y, target).mean(), rtol=1e-5)
     expected, _ = twin.backward(x, networks.loss_gradient(loss, y, target) / y.size)
-    assert_close((np.float64(params) - field.params.numpy()) / rate, expected, f"{loss} gradient")
+    tolerance = 2e-4 if loss == "CrossEntropy" else 2e-5  # -t / p magnifies the rounding of a small p
+    assert_close((np.float64(params) - field.params.numpy()) / rate, expected, f"{loss} gradient", tolerance)
 
 
 @pytest.mark.parametrize("encoding, network, loss", cases())

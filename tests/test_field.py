@@ -5,8 +5,9 @@ import pytest
 import warp as wp
 
 from nrc import field_cpu
-from nrc.field import Field
+from nrc.field import Encoding, Field, Network
 from nrc.launch import set_threads
+from nrc.optimizer import Optimizer
 
 GRID = {
     "otype": "HashGrid",
@@ -17,6 +18,7 @@ GRID = {
     "base_resolution": 4,
     "per_level_scale": 1.6,
 }
+GRID_3D = {name: value for name, value in GRID.items() if name != "n_dims_to_encode"}
 CACHE = {
     "otype": "Composite",
     "nested": [
@@ -200,3 +202,70 @@ def test_backward_refuses_wrong_arrays():
     ):
         with pytest.raises(ValueError, match=error):
             field.backward(*arrays, **results)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Field(3, 2, GRID_3D, NETWORK, device="cpu"),
+        lambda: Network(3, 2, NETWORK, device="cpu"),
+        lambda: Encoding(3, GRID_3D, device="cpu"),
+    ],
+    ids=["field", "network", "encoding"],
+)
+def test_no_rows_at_first_are_fine(make):
+    """The first call may have no rows: nothing is added, nothing is learned."""
+    model = make()
+    before = model.params.numpy().copy()
+    x, y = np.zeros((0, 3), np.float32), np.zeros((0, model.n_output_dims), np.float32)
+    dL_dx, dL_dparams = np.zeros((0, 3), np.float32), np.zeros(model.n_params, np.float32)
+    assert model.forward(x).shape == (0, model.n_output_dims)
+    model.backward(x, y, dL_dx=dL_dx, dL_dparams=dL_dparams)
+    assert not dL_dparams.any()
+    Optimizer(model, {"otype": "Adam"}).step(x, y)
+    np.testing.assert_array_equal(model.params.numpy(), before)
+
+
+def test_encoding_alone_is_trained():
+    """An optimizer fits a grid without a network, and skips nothing."""
+    grid = Encoding(2, GRID_3D | {"n_levels": 1, "n_features_per_level": 1}, device="cpu")
+    optimizer = Optimizer(grid, {"otype": "Adam", "learning_rate": 1e-2})
+    x = 0.1 + 0.7 * np.random.default_rng(1).random((500, 2), dtype=np.float32)  # the last cells wrap
+    target = (x[:, :1] * x[:, 1:] - 0.3).astype(np.float32)
+    for _ in range(200):
+        optimizer.step(x, (grid.forward(x).numpy() - target) / len(x))
+    assert optimizer.n_steps.numpy()[0] == 200 and optimizer.skipped_steps.numpy()[0] == 0
+    assert np.abs(grid.inference(x).numpy() - target).mean() < 0.01
+
+
+def test_grids_of_close_configurations_live_together():
+    """Level tables that compare equal as numbers but differ in type do not stand in for each other."""
+    for resolution in (15, 16, 2):
+        grid = Encoding(2, GRID_3D | {"n_levels": 1, "base_resolution": resolution}, device="cpu")
+        dL_dx = np.zeros((4, 2), np.float32)
+        x = np.random.default_rng(2).random((4, 2), dtype=np.float32)
+        grid.set_params(np.random.default_rng(3).random(grid.n_params))
+        grid.backward(x, np.ones((4, 2)), dL_dx=dL_dx)
+        assert np.abs(dL_dx).min() > 0.0
+
+
+def test_too_wide_for_the_stack_is_refused():
+    """Columns that no thread's stack holds are an error at construction, not a crash."""
+    for make in (
+        lambda: Field(40, 3, {"otype": "OneBlob", "n_bins": 1024}, NETWORK, device="cpu"),
+        lambda: Field(2, 40000, {"otype": "Identity"}, NETWORK, device="cpu"),
+        lambda: Encoding(40, {"otype": "OneBlob", "n_bins": 1024}, device="cpu"),
+    ):
+        with pytest.raises(ValueError, match="MB of a thread's stack on the CPU"):
+            make()
+
+
+def test_wrong_arguments_are_named():
+    """Numbers that are none, dictionaries that are none, an option without otype."""
+    with pytest.raises(ValueError, match=r"n_input_dims must be a whole number, got 2\.5"):
+        Field(2.5, 3, GRID_3D, NETWORK, device="cpu")
+    with pytest.raises(ValueError, match="expected a dictionary with 'otype', got 'HashGrid'"):
+        Field(2, 3, "HashGrid", NETWORK, device="cpu")
+    with pytest.raises(ValueError, match=r"OneBlob encoding .the default, as 'otype' is missing.; allowed: otype"):
+        Field(2, 3, {"otyp": "HashGrid"}, NETWORK, device="cpu")
+    assert Field(np.int64(3), 2, GRID_3D, NETWORK, device="cpu").n_input_dims == 3

@@ -173,6 +173,6 @@ def test_captured_step_equals_an_eager_one():
             for _ in range(5):
                 loss = trainer.step(x, y)
         losses.append(float(loss.numpy()[0]))
-        params.append(trainer.params.numpy())
+        params.append(trainer.field.params.numpy())
     assert losses[0] == losses[1] > 0.0
     np.testing.assert_array_equal(params[1], params[0])

@@ -52,7 +52,7 @@ def train(trainer: Trainer, steps: range) -> None:
 
 def state(trainer: Trainer) -> dict[str, bytes]:
     """Every bit that training changes, and the average that it reads."""
-    arrays = {**trainer.state_arrays(), "ema_params": trainer.ema_params}
+    arrays = {**trainer.optimizer.state_arrays(), "ema_params": trainer.ema_params}
     return {name: array.numpy().tobytes() for name, array in arrays.items()}
 
 
@@ -209,7 +209,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path, content):
 
 def test_missing_file_and_folder_are_refused(tmp_path):
     """The operating system's reason."""
-    refused(tmp_path / "none.safetensors", "No such file")
+    refused(tmp_path / "none.safetensors", "no such file")
     refused(tmp_path)
 
 
@@ -406,3 +406,26 @@ def test_killed_while_writing_leaves_the_older_file(tmp_path):
     assert Field.load(path, device="cpu").seed == 1
     make_field(seed=3).save(path)
     assert Field.load(path, device="cpu").seed == 3
+
+
+def test_state_with_impossible_counts_is_refused(trained, tmp_path):
+    """Counters below zero, stamps beyond the steps taken, moments that are no numbers: none may index anything."""
+    tensors, config = load_tensors(trained, kind="nrc.field")
+    path = tmp_path / "s.safetensors"
+    for name, value in (("counters", -5), ("stamps", 2**30), ("moments", np.nan), ("average", np.inf)):
+        changed = tensors["optimizer." + name].copy()
+        changed.ravel()[-1 if name != "counters" else 2] = value
+        save_tensors(path, tensors | {"optimizer." + name: changed}, config, kind="nrc.field")
+        trainer = make_trainer(make_field(seed=3))
+        before = state(trainer)
+        with pytest.raises(SnapshotError, match=f"optimizer.{name}|{name}"):
+            trainer.load_state(path)
+        assert state(trainer) == before
+
+
+def test_spelling_of_the_configuration_does_not_matter(trained):
+    """A trainer whose field is written differently but is the same goes on."""
+    grid = {**GRID, "otype": "hashgrid", "n_features_per_level": 2}
+    trainer = make_trainer(make_field(encoding=grid, network=NETWORK | {"activation": "relu"}))
+    trainer.load_state(trained)
+    assert trainer.n_steps.numpy()[0] == 5

@@ -57,7 +57,7 @@ def batch(rng, n):
 
 def snapshot(trainer):
     """Everything that outlives a step, by name."""
-    state = {name: values.numpy().copy() for name, values in trainer.state_arrays().items()}
+    state = {name: values.numpy().copy() for name, values in trainer.optimizer.state_arrays().items()}
     state["counters"] = state["counters"][[opt.N_STEPS, opt.N_SKIPPED]]
     return state | {"ema_params": trainer.ema_params.numpy().copy()}
 
@@ -72,13 +72,15 @@ def assert_same(a, b, but=()):
 def test_average_follows_every_step():
     """The lazily updated average equals the debiased recursion over the weights after each step."""
     trainer = Trainer(make_field(), L2, EMA, batch_size=40)
-    np.testing.assert_array_equal(trainer.ema_params.numpy(), trainer.params.numpy())
+    np.testing.assert_array_equal(trainer.ema_params.numpy(), trainer.field.params.numpy())
     dense, rng = 0.0, np.random.default_rng(2)
     for t in range(1, 13):
         x, y = batch(rng, 40)
         x.assign(x.numpy() * 0.5)  # leaves part of the table untouched
         trainer.step(x, y)
-        dense = (0.1 * trainer.params.numpy().astype(np.float64) + 0.9 * (1 - 0.9 ** (t - 1)) * dense) / (1 - 0.9**t)
+        dense = (0.1 * trainer.field.params.numpy().astype(np.float64) + 0.9 * (1 - 0.9 ** (t - 1)) * dense) / (
+            1 - 0.9**t
+        )
         np.testing.assert_allclose(trainer.ema_params.numpy(), dense, atol=2e-6)
     assert trainer.n_steps.numpy()[0] == 12
 
@@ -86,7 +88,7 @@ def test_average_follows_every_step():
 def test_average_is_params_without_ema():
     """Without an Ema in the optimizer the average is the primary parameter array itself."""
     trainer = Trainer(make_field(), L2, ADAM, batch_size=40)
-    assert trainer.ema_params is trainer.params is trainer.field.params
+    assert trainer.ema_params is trainer.field.params
 
 
 def test_step_uses_only_counted_rows():
@@ -162,7 +164,7 @@ def test_density_divides_rows():
     loss = weighted.step(x, y, pdf=array(pdf)).numpy()[0]
     # Means over 50 and 70 rows
     assert doubled.step(*twice).numpy()[0] * 70 / 50 == pytest.approx(loss, rel=1e-5)
-    first, second = (t.state_arrays()["moments"].numpy()[:, :8] for t in (weighted, doubled))
+    first, second = (t.optimizer.state_arrays()["moments"].numpy()[:, :8] for t in (weighted, doubled))
     np.testing.assert_allclose(first, second * 70 / 50, atol=1e-7)
 
 
@@ -179,7 +181,7 @@ def test_own_loss_takes_the_same_step():
     assert optimizer.n_steps.numpy()[0] == 3
     for name, values in optimizer.state_arrays().items():
         if name in ("params", "moments"):
-            difference = np.abs(values.numpy() - trainer.state_arrays()[name].numpy())
+            difference = np.abs(values.numpy() - trainer.optimizer.state_arrays()[name].numpy())
             assert np.percentile(difference, 98) < 1e-5
 
 
@@ -195,7 +197,7 @@ def test_weights_match_twin_behind_fixed_encodings():
         field.backward(x, array(2.0 * (field.forward(x).numpy() - y.numpy()) / y.size), dL_dparams=gradient)
         twin.step(gradient.numpy().astype(np.float64))
         trainer.step(x, y)
-    assert np.percentile(np.abs(trainer.params.numpy() - twin.w), 98) < 1e-4
+    assert np.percentile(np.abs(trainer.field.params.numpy() - twin.w), 98) < 1e-4
     assert np.percentile(np.abs(trainer.ema_params.numpy() - twin.average), 98) < 1e-4
 
 
@@ -227,9 +229,9 @@ def test_training_lowers_loss():
 def test_small_updates_survive():
     """An update a thousand times smaller than an fp16 ulp of the weight reaches the fp32 weight."""
     trainer = Trainer(make_field(), L2, ADAM | {"learning_rate": 1e-7, "l2_reg": 0.0}, batch_size=64)
-    before = trainer.params.numpy().copy()
+    before = trainer.field.params.numpy().copy()
     trainer.step(*batch(np.random.default_rng(14), 64))
-    moved = np.abs(trainer.params.numpy() - before)[: trainer.field.network.n_params]
+    moved = np.abs(trainer.field.params.numpy() - before)[: trainer.field.network.n_params]
     assert (moved > 0).mean() > 0.5 and moved.max() < 3e-7
 
 
@@ -240,7 +242,7 @@ def test_learning_rate_schedule():
     rates = []
     for _ in range(12):
         trainer.step(*batch(np.random.default_rng(15), 64))
-        rates.append(trainer.learning_rate.numpy()[0])
+        rates.append(trainer.optimizer.learning_rate.numpy()[0])
     expected = [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.125, 0.125, 0.125]
     np.testing.assert_allclose(rates, 1e-2 * np.array(expected), rtol=1e-6)
 
@@ -248,11 +250,11 @@ def test_learning_rate_schedule():
 def test_reset_repeats_training():
     """After both resets the same batches give the same weights, bit for bit."""
     trainer = Trainer(make_field(), L2, EMA, batch_size=128)
-    start = trainer.params.numpy().copy()
+    start = trainer.field.params.numpy().copy()
     results = []
     for _ in range(2):
         trainer.field.set_params(start)
-        trainer.reset()
+        trainer.optimizer.reset()
         rng = np.random.default_rng(16)
         for _ in range(5):
             trainer.step(*batch(rng, 128))
@@ -268,8 +270,8 @@ def test_state_arrays_continue_training(otype):
     rng = np.random.default_rng(17)
     for _ in range(3):
         first.step(*batch(rng, 128))
-    for name, values in first.state_arrays().items():
-        second.state_arrays()[name].assign(values.numpy())
+    for name, values in first.optimizer.state_arrays().items():
+        second.optimizer.state_arrays()[name].assign(values.numpy())
     x, y = batch(rng, 128)
     for trainer in (first, second):
         trainer.step(x, y)

@@ -249,7 +249,7 @@ def make_split_gradient(encoding: Encoding):
         for level in range(part.config.n_levels):
             row, width = encoding.gradient_row(part) + level, part.config.n_features_per_level
             columns[row], widths[row] = part.first_output + level * width, width
-    first_column, n_columns = grid.make_table(tuple(columns)), grid.make_table(tuple(widths))
+    first_column, n_columns = grid.make_int_table(tuple(columns)), grid.make_int_table(tuple(widths))
 
     @wp.kernel(module="unique", module_options=UNIQUE)
     def split_gradient(

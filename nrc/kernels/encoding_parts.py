@@ -11,7 +11,7 @@ from typing import Any
 
 import warp as wp
 
-from .grid import make_table
+from .grid import make_float_table
 
 wp.set_module_options({"enable_backward": False})
 
@@ -246,7 +246,7 @@ def make_encode_one_blob(part: Part, Code):
 
 def make_encode_spherical_harmonics(part: Part, Code):
     degree, first_input, first_output = part.config.degree, part.first_input, part.first_output
-    factor = make_table(part.config.normalizations)
+    factor = make_float_table(part.config.normalizations)
 
     @wp.func
     def encode_spherical_harmonics(x: wp.array2d[float], i: int, params: wp.array[float], code: Code):
@@ -373,7 +373,7 @@ def make_backward_one_blob(part: Part, Code, Input):
 
 def make_backward_spherical_harmonics(part: Part, Code, Input):
     degree, first_input, first_output = part.config.degree, part.first_input, part.first_output
-    factor = make_table(part.config.normalizations)
+    factor = make_float_table(part.config.normalizations)
 
     @wp.func
     def backward_spherical_harmonics(

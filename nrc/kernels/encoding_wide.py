@@ -16,6 +16,7 @@ from .vectors import SIN_SOURCE, VECTOR_SOURCE
 wp.set_module_options({"enable_backward": False})
 
 BLOCK = 64  # samples encoded at once
+MAX_SCRATCH = 6 << 20  # bytes of a thread's stack that a block may take
 
 
 def encode_columns_source(encoding: Encoding) -> str:
@@ -194,9 +195,19 @@ _ENCODE_SOURCE = {
 }
 
 
+def check_scratch(n_columns: int, what: str) -> None:
+    """Raise ValueError if a block of so many columns does not fit a thread's stack."""
+    size = 4 * BLOCK * n_columns
+    if size > MAX_SCRATCH:
+        raise ValueError(
+            f"{what} needs {size >> 20} MB of a thread's stack on the CPU; at most {MAX_SCRATCH >> 20} MB are used"
+        )
+
+
 @cache
 def make_encode_wide(encoding: Encoding):
-    """CPU kernel that encodes a block of rows per index."""
+    """CPU kernel that encodes a block of rows per index. Raises ValueError if it has too many columns."""
+    check_scratch(encoding.n_input_dims + encoding.n_padded, f"an encoding of {encoding.n_padded} columns")
     padding_begin, n_padding = encoding.final_padding
     n_padded = encoding.n_padded
     source = f"""

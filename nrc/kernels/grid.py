@@ -139,17 +139,22 @@ def _f32(x: float) -> float:
     return ctypes.c_float(x).value
 
 
+# Functions (i) -> values[i]. The table lies in constant memory; a thread that reads it does not build it first.
+
+
 @cache
-def make_table(values: tuple):
-    """Function (i) -> values[i]. The table lies in constant memory; a thread that reads it does not build it first."""
-    if all(isinstance(value, int) for value in values):
+def make_int_table(values: tuple[int, ...]):
+    @wp.func_native(f"static const int table[] = {{{', '.join(map(str, values))}}};\nreturn table[i];")
+    def whole_number(i: int) -> int: ...
 
-        @wp.func_native(f"static const int table[] = {{{', '.join(map(str, values))}}};\nreturn table[i];")
-        def whole_number(i: int) -> int: ...
+    return whole_number
 
-        return whole_number
 
-    @wp.func_native(f"static const float table[] = {{{', '.join(f'{v!r}f' for v in values)}}};\nreturn table[i];")
+@cache
+def make_float_table(values: tuple[float, ...]):
+    @wp.func_native(
+        f"static const float table[] = {{{', '.join(f'{float(v)!r}f' for v in values)}}};\nreturn table[i];"
+    )
     def number(i: int) -> float: ...
 
     return number
@@ -175,7 +180,7 @@ def make_grid_cell(grid: Grid):
     n_dims, interpolation = grid.n_dims, grid.interpolation
     Point = wp.types.vector(length=n_dims, dtype=float)
     Vertex = wp.types.vector(length=n_dims, dtype=wp.uint32)
-    scale_of = make_table(tuple(level.scale for level in grid.levels))
+    scale_of = make_float_table(tuple(level.scale for level in grid.levels))
 
     @wp.func
     def grid_cell(point: Point, level: int):
@@ -209,7 +214,7 @@ def make_grid_cell(grid: Grid):
 @cache
 def make_first_entry(grid: Grid):
     """Function (level) -> first entry of the level."""
-    return make_table(tuple(level.first_entry for level in grid.levels))
+    return make_int_table(tuple(level.first_entry for level in grid.levels))
 
 
 @cache
@@ -217,9 +222,9 @@ def make_grid_entry(grid: Grid):
     """Function (lowest vertex of a cell, level, corner) -> entry of that corner within the level."""
     n_dims = grid.n_dims
     Vertex = wp.types.vector(length=n_dims, dtype=wp.uint32)
-    resolution_of = make_table(tuple(level.resolution for level in grid.levels))
-    size_of = make_table(tuple(level.n_entries for level in grid.levels))
-    kind_of = make_table(tuple(1 if level.hashed else 2 if level.tiled else 0 for level in grid.levels))
+    resolution_of = make_int_table(tuple(level.resolution for level in grid.levels))
+    size_of = make_int_table(tuple(level.n_entries for level in grid.levels))
+    kind_of = make_int_table(tuple(1 if level.hashed else 2 if level.tiled else 0 for level in grid.levels))
 
     @wp.func
     def grid_entry(cell: Vertex, level: int, corner: int):

@@ -6,7 +6,7 @@ from typing import Any
 import warp as wp
 
 from .encoding import UNIQUE, Encoding, Part
-from .grid import make_corner_weight, make_grid_cell, make_grid_entry
+from .grid import make_corner_weight, make_first_entry, make_grid_cell, make_grid_entry
 from .optimizer import GO, N_ROWS
 
 wp.set_module_options({"enable_backward": False})
@@ -72,8 +72,7 @@ def make_accumulate_grid_cuda(encoding: Encoding, part: Part, dtype: Any, table_
     halves = table_dtype == wp.float16
     together = min(4, n_features) if halves else 1  # features of an entry that one addition takes
     Point = wp.types.vector(length=n_dims, dtype=float)
-    Ints = wp.types.vector(length=grid.n_levels, dtype=wp.int32)
-    first_entries = wp.constant(Ints(*[level.first_entry for level in grid.levels]))
+    first_entry = make_first_entry(grid)
 
     @wp.kernel(module="unique", module_options=UNIQUE)
     def accumulate_grid_cuda(
@@ -102,7 +101,7 @@ def make_accumulate_grid_cuda(encoding: Encoding, part: Part, dtype: Any, table_
             column -= n_padded - dL_dcode.shape[1]
         cell, weight, _slope = grid_cell(point, level)
         for corner in range(n_corners):
-            at = first_param + (first_entries[level] + grid_entry(cell, level, corner)) * n_features
+            at = first_param + (first_entry(level) + grid_entry(cell, level, corner)) * n_features
             scale = gradient_scale * corner_weight(weight, corner)
             for f in range(0, n_features, together):
                 v0 = table_dtype(scale * float(dL_dcode[row, column + f]))

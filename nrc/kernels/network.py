@@ -14,7 +14,7 @@ from .activation import ACTIVATIONS
 
 NETWORKS = ("FullyFusedMLP", "MLP")
 MAX_NEURONS = 1024
-MAX_GRADIENT = 1.0e30  # a larger magnitude counts as non-finite: sums of a batch of these still fit a float
+MAX_GRADIENT = 1.0e18  # a larger magnitude counts as non-finite: the square of one must fit a float
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Network:
         for name in (self.activation, self.output_activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"unknown activation {name!r}; allowed: {', '.join(ACTIVATIONS)}")
-        if self.n_inputs % 16 or self.n_outputs < 1:
-            raise ValueError("a network needs a multiple of 16 inputs and at least one output")
+        if self.n_inputs % 16 or self.n_inputs < 16:
+            raise ValueError(f"a network needs a multiple of 16 inputs, got {self.n_inputs}")
+        if self.n_outputs < 1:
+            raise ValueError(f"a network needs at least one output, got {self.n_outputs}")
 
     @property
     def layers(self) -> tuple[tuple[int, int, int], ...]:

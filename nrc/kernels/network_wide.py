@@ -12,15 +12,13 @@ import warp as wp
 
 from .activation import activate_source, activation_functions, derivative_source, needs_sum
 from .encoding import UNIQUE, Encoding, n_valid_rows
-from .encoding_wide import BLOCK, encode_columns_source
+from .encoding_wide import BLOCK, check_scratch, encode_columns_source
 from .loss import loss_source
 from .matrix_wide import LAYER_SOURCE, TRANSPOSE_SOURCE, WEIGHT_GRADIENT_SOURCE
 from .network import MAX_GRADIENT, Network
 from .vectors import VECTOR_SOURCE
 
 wp.set_module_options({"enable_backward": False})
-
-MAX_SCRATCH = 6 << 20  # bytes of a thread's stack that a block may take
 
 # Whether n values, a multiple of 16, are numbers below MAX_GRADIENT in magnitude
 _FINITE_SOURCE = f"""
@@ -81,8 +79,10 @@ def _forward_source(encoding: Encoding, network: Network, keep: bool) -> str:
 
 @cache
 def make_infer_wide(encoding: Encoding, network: Network):
-    """CPU kernel that evaluates the network for a block of rows per index."""
+    """CPU kernel that evaluates the network for a block of rows per index. Raises ValueError if it is too wide."""
     n_outputs = network.n_outputs
+    n_columns = encoding.n_input_dims + network.n_inputs + 2 * network.n_neurons + n_outputs
+    check_scratch(n_columns, f"a network of {network.n_inputs} inputs and {n_outputs} outputs")
     source = f"""
     {_functions_source(network)}
     alignas(64) float code[{network.n_inputs * BLOCK}];
@@ -211,7 +211,7 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str 
     {WEIGHT_GRADIENT_SOURCE}
     {TRANSPOSE_SOURCE}
     {_FINITE_SOURCE}
-    {_scratch_source(network)}
+    {_scratch_source(network, encoding.n_input_dims)}
     float* weight_gradient = chunk_gradient.data + (size_t)chunk * {network.n_params};
     for (int i = 0; i < {network.n_params}; ++i) weight_gradient[i] = 0.0f;
     const float norm = {norm};
@@ -232,7 +232,7 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str 
     """
 
 
-def _scratch_source(network: Network) -> str:
+def _scratch_source(network: Network, n_inputs: int) -> str:
     """What a block keeps between forward and backward, all (neurons x BLOCK) but the weights' output_gradient."""
     n_hidden, n_neurons, n_padded = network.n_hidden_layers, network.n_neurons, _padded(network.n_outputs)
     widest = max(n_neurons, network.n_inputs, n_padded)
@@ -246,12 +246,8 @@ def _scratch_source(network: Network) -> str:
         "delta": 2 * widest,  # gradient by the sums of one layer and of the next
         "delta_rows": widest,  # sample by sample
     }
-    size = 4 * (BLOCK * sum(arrays.values()) + n_neurons * n_padded)
-    if size > MAX_SCRATCH:
-        raise ValueError(
-            f"{n_hidden} hidden layers of {n_neurons} neurons with activation {network.activation} need {size >> 20} "
-            f"MB of a thread's stack to train on the CPU; at most {MAX_SCRATCH >> 20} MB are used"
-        )
+    n_columns = n_inputs + sum(arrays.values()) + n_neurons * n_padded // BLOCK
+    check_scratch(n_columns, f"training {n_hidden} layers of {n_neurons} neurons, activation {network.activation},")
     layers = {"hidden": n_hidden, "hidden_sums": n_hidden, "delta": 2}
     source = f"alignas(64) float output_gradient[{n_neurons * n_padded}] = {{}};\n"
     for name, n_rows in arrays.items():

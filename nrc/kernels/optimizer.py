@@ -17,6 +17,7 @@ from typing import Any, Literal
 import warp as wp
 
 from .encoding import n_valid_rows
+from .network import MAX_GRADIENT
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 8})
 
@@ -53,8 +54,10 @@ class Optimizer:
                 raise ValueError(f"{name} must be in [0, 0.9999], got {getattr(self, name)}")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay <= 0.9999:
             raise ValueError(f"EMA decay must be in [0, 0.9999], got {self.ema_decay}")
-        if self.epsilon < 0.0 or self.l2_reg < 0.0:
-            raise ValueError("epsilon and l2_reg must not be negative")
+        if not self.epsilon > 0.0:  # a neuron without gradient would divide 0 by 0
+            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+        if self.l2_reg < 0.0:
+            raise ValueError(f"l2_reg must not be negative, got {self.l2_reg}")
         if self.decay_interval < 1 or self.decay_start < 0 or self.decay_base < 0.0:
             raise ValueError("decay_interval must be positive, decay_start and decay_base not negative")
         if self.otype not in ("Adam", "SGD"):
@@ -283,7 +286,7 @@ def make_update_tables(otype: str, average: bool, dtype: Any):
             dL_dtable[at] = dtype(0.0)
             before = view.params[view.n_matrix + at]
             after = before
-            if gradient != 0.0 and wp.isfinite(gradient):
+            if gradient != 0.0 and wp.abs(gradient) < MAX_GRADIENT:
                 n = wp.min(int(steps[j]) + 1, n_last)
                 m, v, difference = change(view, gradient, moments.m[j], moments.v[j], n)
                 steps[j] = wp.uint16(n)

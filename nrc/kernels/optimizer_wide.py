@@ -11,6 +11,7 @@ import warp as wp
 
 from .encoding import UNIQUE, Encoding, Part
 from .grid_wide import grid_corners_source, scatter_level_source
+from .network import MAX_GRADIENT
 from .optimizer import GO, N_ROWS, UPDATE_BLOCK, OptimizerView
 from .vectors import VECTOR_SOURCE
 
@@ -80,7 +81,7 @@ def _update_block_source(otype: str, average: bool) -> str:
         {fetch}
     }};
     auto update = [&](size_t block, f8 g) {{
-        const i8 some = (g != zero8) & (g - g == zero8);  // neither zero nor an overflow
+        const i8 some = (g != zero8) & (g < zero8 + {MAX_GRADIENT!r}f) & (g > zero8 - {MAX_GRADIENT!r}f);
         const f8 before = *(f8*)(params + 8 * block);
         {change}
         *(f8*)(params + 8 * block) = some ? after : before;
