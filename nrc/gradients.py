@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import warp as wp
 
 MIN_CHUNK, MAX_CHUNK = 64, 256
-MIN_CHUNKS, MAX_CHUNKS, MAX_SUMS = 16, 256, 1 << 25  # chunks of a large batch; floats that their sums may take
+MIN_CHUNKS, MAX_CHUNKS, MAX_SUMS = 16, 128, 1 << 25  # chunks of a large batch; floats that their sums may take
 
 
 def chunk_size_of(n_rows: int, n_weights: int) -> int:

@@ -122,13 +122,8 @@ def compile_to_cubin(kernels: list[wp.Kernel], architecture: int, folder: Path) 
 
 
 MODULES = module_kernels()
-# The megakernel takes NVRTC and ptxas half a minute per architecture; the newer one has to do.
-CASES = [
-    (name, architecture)
-    for name in MODULES
-    for architecture in ARCHITECTURES
-    if name != "nrc.kernels.trace" or architecture == max(ARCHITECTURES)
-] + [(name, architecture) for name, (architectures, _) in COMPONENTS.items() for architecture in architectures]
+CASES = [(name, architecture) for name in MODULES for architecture in ARCHITECTURES]
+CASES += [(name, architecture) for name, (architectures, _) in COMPONENTS.items() for architecture in architectures]
 
 
 @pytest.mark.slow
