@@ -22,6 +22,7 @@ _PUBLIC = {
     "Records": "nrc.records",
     "Renderer": "nrc.renderer",
     "Scene": "nrc.scene",
+    "SnapshotError": "nrc.snapshot",
     "Trainer": "nrc.trainer",
     "load": "nrc.assets",
     "load_config": "nrc.config",
