@@ -85,7 +85,7 @@ _OPTIMIZERS: dict[str, Keys] = {
 }
 
 
-def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> enc.Encoding:
+def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> enc.EncodingConfig:
     """Turn a tiny-cuda-nn style dictionary over `n_dims` inputs into an `Encoding` whose parameters start there.
 
     A nested entry of a Composite takes `n_dims_to_encode` inputs from `dims_to_encode_begin` on (by default those that
@@ -120,10 +120,10 @@ def parse_encoding(config: Mapping[str, Any], n_dims: int, first_param: int) -> 
     return enc.compose(configs, first_param)
 
 
-def parse_network(config: Mapping[str, Any], n_inputs: int, n_outputs: int) -> net.Network:
+def parse_network(config: Mapping[str, Any], n_inputs: int, n_outputs: int) -> net.NetworkConfig:
     """Turn a tiny-cuda-nn style dictionary into a `Network`. Raises ValueError."""
     otype, options = _network_options(config)
-    return net.Network(n_inputs, n_outputs, otype=otype, **options)
+    return net.NetworkConfig(n_inputs, n_outputs, otype=otype, **options)
 
 
 def parse_loss(config: Mapping[str, Any]) -> str:
@@ -133,7 +133,7 @@ def parse_loss(config: Mapping[str, Any]) -> str:
     return otype
 
 
-def parse_optimizer(config: Mapping[str, Any]) -> opt.Optimizer:
+def parse_optimizer(config: Mapping[str, Any]) -> opt.OptimizerConfig:
     """Turn a tiny-cuda-nn style dictionary, Ema and ExponentialDecay nested in any order, into an `Optimizer`.
 
     Raises ValueError.
@@ -147,7 +147,7 @@ def parse_optimizer(config: Mapping[str, Any]) -> opt.Optimizer:
         seen.add(otype)
         options = _parse_keys(config, _OPTIMIZERS[otype], f"{otype} optimizer")
         if otype in ("Adam", "SGD"):
-            return opt.Optimizer(otype="Adam" if otype == "Adam" else "SGD", **options, **values)
+            return opt.OptimizerConfig(otype="Adam" if otype == "Adam" else "SGD", **options, **values)
         config = options.pop("nested")
         if "decay" in options:
             options["ema_decay"] = options.pop("decay")

@@ -49,8 +49,8 @@ class Model:
         self,
         n_input_dims: int,
         n_output_dims: int,
-        encoding: enc.Encoding,
-        network: net.Network | None,
+        encoding: enc.EncodingConfig,
+        network: net.NetworkConfig | None,
         seed: int,
         device: wp.Device,
     ) -> None:
@@ -199,7 +199,7 @@ class Field(Model):
         ValueError: Unknown otype, key or value; the message lists what is allowed.
     """
 
-    network: net.Network
+    network: net.NetworkConfig
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class CpuPasses:
         input_gradient_kernel: Carries dL_dcode on to the inputs.
     """
 
-    def __init__(self, encoding: enc.Encoding, network: net.Network | None, device: wp.Device) -> None:
+    def __init__(self, encoding: enc.EncodingConfig, network: net.NetworkConfig | None, device: wp.Device) -> None:
         self.encoding, self.network, self.device = encoding, network, device
         self.input_gradient_kernel = enc.make_input_gradient(encoding, wp.float32)
         self._encode_grids = [grid_wide.make_encode_grid_wide(encoding, part) for part in encoding.grids]

@@ -39,8 +39,8 @@ class CudaPasses:
 
     def __init__(
         self,
-        encoding: enc.Encoding,
-        network: net.Network | None,
+        encoding: enc.EncodingConfig,
+        network: net.NetworkConfig | None,
         device: wp.Device,
         *,
         dtype: Any = wp.float16,
@@ -72,7 +72,7 @@ class CudaPasses:
         self._weights = self._zeros(self._n_packed, dtype=self.dtype)
         self._dL_dcode = self._no_codes
 
-    def _use_mma(self, network: net.Network) -> None:
+    def _use_mma(self, network: net.NetworkConfig) -> None:
         self._pack = network_mma.make_pack_weights(network)
         self._evaluate = network_mma.make_infer_mma(self.encoding, network)
         self._accumulate = network_mma.make_accumulate_weight_gradient_mma(network)
@@ -81,7 +81,7 @@ class CudaPasses:
         self._group_threads = self._gradient_threads = network_mma.WARP
         self._gradient_groups = network_mma.weight_gradient_warps(network)
 
-    def _use_tiles(self, network: net.Network) -> None:
+    def _use_tiles(self, network: net.NetworkConfig) -> None:
         dtype, gemm = self.dtype, self._gemm
         tiling = tile.Tiling(network, dtype)
         self._pack = network_tile.make_pack_weights_tile(network, dtype)

@@ -270,7 +270,7 @@ class Optimizer:
         return kernels
 
 
-def _bias_correction(config: opt.Optimizer) -> np.ndarray:
+def _bias_correction(config: opt.OptimizerConfig) -> np.ndarray:
     """sqrt(1 - beta2^n) / (1 - beta1^n) for n = 0, 1, ... until it is 1 in single precision (entry 0 is unused).
 
     Where the step counters end before that, the last entry is 1, which is off by less than a thousandth.

@@ -9,7 +9,7 @@ from nrc.kernels import grid
 from nrc.kernels import loss as losses
 from nrc.kernels import optimizer as opt
 from nrc.kernels.activation import ACTIVATIONS
-from nrc.kernels.network import Network
+from nrc.kernels.network import NetworkConfig
 
 # A file as Instant-NGP writes them, with all it may contain
 BASE = """{
@@ -53,7 +53,7 @@ def test_file_loads_with_comments_and_foreign_blocks(tmp_path):
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (1e-2, 0.9, 0.99)
     encoding = parse_encoding(config["encoding"], 3, 0)
     assert encoding.parts[0].config == grid.Grid(3, 8, 4)
-    assert parse_network(config["network"], encoding.n_padded, 16) == Network(32, 16, 64, 1)
+    assert parse_network(config["network"], encoding.n_padded, 16) == NetworkConfig(32, 16, 64, 1)
 
 
 def test_tiny_cuda_nn_sample_loads(tmp_path):
@@ -181,9 +181,9 @@ def test_missing_keys_take_tiny_cuda_nns_defaults():
     """An empty dictionary is tiny-cuda-nn's default component."""
     assert parse_encoding({}, 2, 0) == parse_encoding({"otype": "OneBlob", "n_bins": 16}, 2, 0)
     assert parse_encoding({"otype": "HashGrid"}, 3, 0).parts[0].config == grid.Grid(3, 16, 2, 19, 16, 2.0)
-    assert parse_network({}, 32, 3) == Network(32, 3, 128, 5, "ReLU", "None", "MLP")
+    assert parse_network({}, 32, 3) == NetworkConfig(32, 3, 128, 5, "ReLU", "None", "MLP")
     assert parse_loss({}) == "RelativeL2"
-    assert parse_optimizer({}) == opt.Optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-8)
+    assert parse_optimizer({}) == opt.OptimizerConfig(1e-3, 0.9, 0.999, 1e-8, 1e-8)
     decayed = parse_optimizer({"otype": "ExponentialDecay"})
     assert (decayed.decay_base, decayed.decay_start, decayed.decay_interval) == (0.1, 10000, 10000)
 
@@ -204,9 +204,9 @@ def test_optimizers_nest_in_any_order():
 def test_networks_have_all_activations(activation):
     """Both networks take every activation, hidden and at the output, and their own widths."""
     fused = parse_network({"otype": "FullyFusedMLP", "output_activation": activation, "n_neurons": 32}, 16, 3)
-    assert fused == Network(16, 3, 32, 5, "ReLU", activation, "FullyFusedMLP")
+    assert fused == NetworkConfig(16, 3, 32, 5, "ReLU", activation, "FullyFusedMLP")
     plain = parse_network({"otype": "CutlassMLP", "activation": activation, "n_neurons": 1024}, 16, 3)
-    assert plain == Network(16, 3, 1024, 5, activation, "None", "MLP")
+    assert plain == NetworkConfig(16, 3, 1024, 5, activation, "None", "MLP")
     for otype, n_neurons in (("FullyFusedMLP", 48), ("MLP", 40), ("MLP", 2048)):
         with pytest.raises(ValueError, match="n_neurons must be"):
             parse_network({"otype": otype, "n_neurons": n_neurons}, 16, 3)

@@ -10,8 +10,8 @@ from warp_emulator import LANES, CudaWarp, EmulatedWarp
 
 from nrc.config import parse_encoding
 from nrc.kernels import mma, network_mma
-from nrc.kernels.encoding import Encoding
-from nrc.kernels.network import Network
+from nrc.kernels.encoding import EncodingConfig
+from nrc.kernels.network import NetworkConfig
 
 HALF_EPSILON = 2.0**-11  # rounding to half precision, relative
 HALF_TINY = 2.0**-24  # smallest positive half, the absolute rounding of what is near zero
@@ -51,7 +51,7 @@ def warps(request: pytest.FixtureRequest) -> Warps:
     return CudaWarp() if request.param == "cuda" else EmulatedWarp()
 
 
-def identity_encoding(n_inputs: int) -> Encoding:
+def identity_encoding(n_inputs: int) -> EncodingConfig:
     """The inputs themselves as the code."""
     return parse_encoding({"otype": "Identity"}, n_inputs, 0)
 
@@ -74,7 +74,7 @@ class Run:
 
     def __init__(
         self,
-        network: Network,
+        network: NetworkConfig,
         n_rows: int,
         warps: Warps,
         *,
@@ -163,28 +163,28 @@ def assert_half(actual: np.ndarray, expected: np.ndarray, error: float | np.ndar
 
 
 NETWORKS = [
-    Network(16, 1, 16, 1),
-    Network(32, 3, 32, 2, "LeakyReLU", "Exponential"),
-    Network(48, 4, 64, 2, "Squareplus", "ReLU"),
-    Network(64, 3, 64, 2),
-    Network(16, 16, 128, 3, "ReLU", "Sigmoid"),
-    Network(80, 19, 32, 3, "SiLU", "Squareplus"),
-    Network(32, 4, 16, 2, "Sine", "Softplus"),
-    Network(16, 2, 32, 1, "Exponential", "LeakyReLU"),
-    Network(32, 3, 16, 2, "Sigmoid", "SiLU"),
-    Network(16, 33, 64, 1, "Softplus", "Tanh"),
-    Network(16, 3, 32, 2, "Tanh", "Sine"),
-    Network(16, 3, 64, 5, "None", "None"),
-    Network(48, 3, 80, 2, otype="MLP"),
+    NetworkConfig(16, 1, 16, 1),
+    NetworkConfig(32, 3, 32, 2, "LeakyReLU", "Exponential"),
+    NetworkConfig(48, 4, 64, 2, "Squareplus", "ReLU"),
+    NetworkConfig(64, 3, 64, 2),
+    NetworkConfig(16, 16, 128, 3, "ReLU", "Sigmoid"),
+    NetworkConfig(80, 19, 32, 3, "SiLU", "Squareplus"),
+    NetworkConfig(32, 4, 16, 2, "Sine", "Softplus"),
+    NetworkConfig(16, 2, 32, 1, "Exponential", "LeakyReLU"),
+    NetworkConfig(32, 3, 16, 2, "Sigmoid", "SiLU"),
+    NetworkConfig(16, 33, 64, 1, "Softplus", "Tanh"),
+    NetworkConfig(16, 3, 32, 2, "Tanh", "Sine"),
+    NetworkConfig(16, 3, 64, 5, "None", "None"),
+    NetworkConfig(48, 3, 80, 2, otype="MLP"),
 ]
 
 
 @pytest.fixture(scope="module")
-def runs(warps: Warps) -> Callable[[Network], Run]:
+def runs(warps: Warps) -> Callable[[NetworkConfig], Run]:
     """Runs by network, each made once: 75 rows, not a multiple of a warp or a tile."""
-    made: dict[Network, Run] = {}
+    made: dict[NetworkConfig, Run] = {}
 
-    def run(network: Network) -> Run:
+    def run(network: NetworkConfig) -> Run:
         if network not in made:
             made[network] = Run(network, 75, warps)
         return made[network]
@@ -192,7 +192,7 @@ def runs(warps: Warps) -> Callable[[Network], Run]:
     return run
 
 
-def name_of(network: Network) -> str:
+def name_of(network: NetworkConfig) -> str:
     return (
         f"{network.n_inputs}-{network.n_hidden_layers}x{network.n_neurons}-{network.n_outputs}"
         f"-{network.activation}-{network.output_activation}"
@@ -203,7 +203,7 @@ all_networks = pytest.mark.parametrize("network", NETWORKS, ids=name_of)
 
 
 @all_networks
-def test_forward_equals_numpy_layer_by_layer(runs: Callable[[Network], Run], network: Network) -> None:
+def test_forward_equals_numpy_layer_by_layer(runs: Callable[[NetworkConfig], Run], network: NetworkConfig) -> None:
     """Every stored layer is the rounded activation of the stored layer before it, and inference gives the outputs."""
     run = runs(network)
     assert_half(run.stored_activations(0), run.x.astype(np.float64), 0.0)
@@ -222,7 +222,7 @@ def test_forward_equals_numpy_layer_by_layer(runs: Callable[[Network], Run], net
 
 
 @all_networks
-def test_backward_equals_numpy_layer_by_layer(runs: Callable[[Network], Run], network: Network) -> None:
+def test_backward_equals_numpy_layer_by_layer(runs: Callable[[NetworkConfig], Run], network: NetworkConfig) -> None:
     """Every stored gradient is that of the layer after it through the weights, times the activation's derivative."""
     run = runs(network)
     last = network.n_hidden_layers
@@ -254,7 +254,7 @@ def test_backward_equals_numpy_layer_by_layer(runs: Callable[[Network], Run], ne
 
 
 @all_networks
-def test_weight_gradient_equals_numpy(runs: Callable[[Network], Run], network: Network) -> None:
+def test_weight_gradient_equals_numpy(runs: Callable[[NetworkConfig], Run], network: NetworkConfig) -> None:
     """Each chunk holds the products of the stored activations and gradients of its rows, and nothing of later rows."""
     run = runs(network)
     for chunk in range(2):
@@ -269,7 +269,7 @@ def test_weight_gradient_equals_numpy(runs: Callable[[Network], Run], network: N
 
 
 @all_networks
-def test_rows_past_the_end_stay_untouched(runs: Callable[[Network], Run], network: Network) -> None:
+def test_rows_past_the_end_stay_untouched(runs: Callable[[NetworkConfig], Run], network: NetworkConfig) -> None:
     """No kernel writes a row that was not asked for."""
     run = runs(network)
     for array in (run.out_y, run.dL_dcode, run.loss):
@@ -282,7 +282,7 @@ def test_rows_past_the_end_stay_untouched(runs: Callable[[Network], Run], networ
 
 def test_loss_equals_numpy_with_count_and_pdf(warps: Warps) -> None:
     """Loss, norm and pdf act as in the formula, for the rows that the device's count says."""
-    network = Network(16, 3, 32, 2)
+    network = NetworkConfig(16, 3, 32, 2)
     pdf = np.random.default_rng(5).uniform(0.5, 2, 70).astype(np.float32)
     run = Run(network, 70, warps, loss="L2", count=50, pdf=pdf, want_code=False)
     difference = run.out_y[:50] - run.y[:50]
@@ -296,7 +296,7 @@ def test_loss_equals_numpy_with_count_and_pdf(warps: Warps) -> None:
 
 def test_count_of_zero_writes_nothing(warps: Warps) -> None:
     """An empty batch leaves the rows alone and has no gradient and no loss."""
-    run = Run(Network(16, 3, 16, 1), 40, warps, loss="L2", count=0)
+    run = Run(NetworkConfig(16, 3, 16, 1), 40, warps, loss="L2", count=0)
     assert (run.out_y == 77).all() and (run.activations == 77).all() and (run.loss == 77).all()
     assert (run.chunk_gradient == 0).all() and (run.chunk_loss == 0).all() and (run.chunk_finite == 1).all()
 
@@ -309,7 +309,7 @@ OVERFLOWS = [("input", 40, 3), ("gradient", 63, 0)] + [
 @pytest.mark.parametrize("what, bad, column", OVERFLOWS)
 def test_overflow_marks_its_row_alone(warps: Warps, what: str, bad: int, column: int) -> None:
     """A value beyond half precision, anywhere in a row, makes that row's loss NaN and its chunk not finite."""
-    network = Network(16, 3, 32, 2)
+    network = NetworkConfig(16, 3, 32, 2)
     rng = np.random.default_rng(1)
     params = rng.normal(0, 0.25, network.n_params)
     x = rng.uniform(-1, 1, (75, 16))
@@ -334,7 +334,7 @@ def test_overflow_marks_its_row_alone(warps: Warps, what: str, bad: int, column:
 
 def test_gradient_equals_finite_differences(warps: Warps) -> None:
     """The summed weight gradient is that of the loss of an independent double-precision network, to half precision."""
-    network = Network(16, 3, 32, 2, "Tanh", "None")
+    network = NetworkConfig(16, 3, 32, 2, "Tanh", "None")
     run = Run(network, 75, warps, loss="L2")
 
     def loss(params: np.ndarray) -> float:
@@ -411,8 +411,10 @@ def test_mma_and_transpose_follow_the_isa(warps: Warps) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("network", [Network(64, 3, 64, 2), Network(16, 16, 128, 3, "SiLU", "Sine")], ids=name_of)
-def test_kernels_compile_to_machine_code(network: Network, architecture: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "network", [NetworkConfig(64, 3, 64, 2), NetworkConfig(16, 16, 128, 3, "SiLU", "Sine")], ids=name_of
+)
+def test_kernels_compile_to_machine_code(network: NetworkConfig, architecture: int, tmp_path: Path) -> None:
     """NVRTC and ptxas accept the kernels as they run on a GPU, inline assembly included."""
     encoding = identity_encoding(network.n_inputs)
     kernels = [

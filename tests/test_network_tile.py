@@ -13,7 +13,7 @@ import nrc.field_cuda
 from nrc.config import parse_encoding
 from nrc.field_cuda import CudaPasses
 from nrc.kernels import network_mma
-from nrc.kernels.network import Network
+from nrc.kernels.network import NetworkConfig
 from nrc.kernels.tile import Tiling
 
 # Relative errors in the norm: of a few roundings to 24 and to 11 bits. The oracle rounds weights and values as the
@@ -54,7 +54,7 @@ class Problem:
         position, rest, (n_neurons, n_layers, n_outputs, *activations), self.loss, self.dtype = CASES[name]
         self.config = {"otype": "Composite", "nested": [{"n_dims_to_encode": 2, **position}, rest]}
         n_inputs = parse_encoding(self.config, 5, 0).n_padded
-        self.network = Network(n_inputs, n_outputs, n_neurons, n_layers, *activations, otype="MLP")
+        self.network = NetworkConfig(n_inputs, n_outputs, n_neurons, n_layers, *activations, otype="MLP")
         self.encoding = parse_encoding(self.config, 5, self.network.n_params)
         self.name, self.device = name, wp.get_device("cpu")
         self.passes = CudaPasses(self.encoding, self.network, self.device, dtype=self.dtype)

@@ -10,7 +10,7 @@ import warp as wp
 from nrc.config import parse_encoding
 from nrc.kernels import network_wide
 from nrc.kernels.loss import LOSSES
-from nrc.kernels.network import Network
+from nrc.kernels.network import NetworkConfig
 from nrc.launch import heavy_range, launch, set_threads
 
 CHUNK = 128
@@ -67,7 +67,7 @@ class Setup:
         self.n_dims = case.n_inputs + (2 if case.grids else 0)
         encoding = {"otype": "Composite", "nested": [*nested, {"otype": "Identity"}]}
         self.encoding = parse_encoding(encoding, self.n_dims, 0)
-        self.network = Network(
+        self.network = NetworkConfig(
             self.encoding.n_padded,
             case.n_outputs,
             case.n_neurons,
@@ -287,7 +287,7 @@ def test_largest_network_fits_the_stack():
         set_threads(0)
     assert_close(chunk_loss.sum(), value)
     assert_close(chunk_gradient.sum(axis=0), dL_dparams)
-    network = Network(16, 3, 1024, 16, "SiLU", otype="MLP")
+    network = NetworkConfig(16, 3, 1024, 16, "SiLU", otype="MLP")
     with pytest.raises(ValueError, match="of a thread's stack"):
         network_wide.make_backpropagate_wide(setup.encoding, network, "L2", False)
 
@@ -309,4 +309,4 @@ def test_largest_network_fits_the_stack():
 def test_network_refuses(options, message):
     """A network that cannot be is an error that says what is allowed."""
     with pytest.raises(ValueError, match=message):
-        Network(**({"n_inputs": 16, "n_outputs": 3} | options))
+        NetworkConfig(**({"n_inputs": 16, "n_outputs": 3} | options))

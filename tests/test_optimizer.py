@@ -221,13 +221,13 @@ def test_skipped_step_keeps_everything():
 
 def test_bias_correction_ends_at_one():
     """The table follows the formula, and where 16-bit counters end before the correction does, 1 is a good end."""
-    short = _bias_correction(opt.Optimizer(beta1=0.9, beta2=0.99))
+    short = _bias_correction(opt.OptimizerConfig(beta1=0.9, beta2=0.99))
     n = np.arange(1, len(short))
     np.testing.assert_allclose(short[1:], np.sqrt(1 - 0.99**n) / (1 - 0.9**n), rtol=1e-6)
-    long = _bias_correction(opt.Optimizer(beta2=0.9999))
+    long = _bias_correction(opt.OptimizerConfig(beta2=0.9999))
     assert len(long) == 65536 and long[-1] == 1.0 and abs(long[-2] - 1.0) < 1e-3
     with pytest.raises(ValueError, match="beta2"):
-        opt.Optimizer(beta2=0.99999)
+        opt.OptimizerConfig(beta2=0.99999)
 
 
 def test_step_counters_saturate():

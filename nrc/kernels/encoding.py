@@ -34,7 +34,7 @@ _FUNCTIONS = {
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingConfig:
     """Concatenated parts in `n_padded` columns, a multiple of 16. Made by `compose`."""
 
     parts: tuple[Part, ...]
@@ -88,7 +88,7 @@ class Encoding:
         return sum(p.config.n_levels for p in self.grids if p.first_output < part.first_output)
 
 
-def compose(configs: Sequence[tuple[Any, int]], first_param: int) -> Encoding:
+def compose(configs: Sequence[tuple[Any, int]], first_param: int) -> EncodingConfig:
     """Put (config, first input column) pairs side by side, their parameters one after the other from `first_param` on.
 
     As in tiny-cuda-nn, an encoding is padded so that the next one starts at a multiple of its `alignment`, and the last
@@ -105,7 +105,7 @@ def compose(configs: Sequence[tuple[Any, int]], first_param: int) -> Encoding:
         column, param = end, param + config.n_params
     if param > grid.MAX_PARAMS:
         raise ValueError(f"{param} parameters are more than 2^31 - 1")
-    return Encoding(tuple(placed), column)
+    return EncodingConfig(tuple(placed), column)
 
 
 @wp.func
@@ -117,7 +117,7 @@ def n_valid_rows(n_rows: int, count: wp.array[int]):
 
 
 @cache
-def make_encode(encoding: Encoding):
+def make_encode(encoding: EncodingConfig):
     """Function (x, i, params) -> vector of `n_padded` encoded values of row i."""
     Code = wp.types.vector(length=encoding.n_padded, dtype=float)
     values = [0.0] * encoding.n_padded
@@ -144,7 +144,7 @@ def _then(head, tail):
 
 
 @cache
-def make_encode_backward(encoding: Encoding):
+def make_encode_backward(encoding: EncodingConfig):
     """Function (x, i, params, dL_dcode vector of `n_padded`) -> dL_dx of row i, vector of `n_input_dims`."""
     Code = wp.types.vector(length=encoding.n_padded, dtype=float)
     Input = wp.types.vector(length=encoding.n_input_dims, dtype=float)
@@ -171,7 +171,7 @@ def _then_backward(head, tail, Code):
 
 
 @cache
-def make_encode_rows(encoding: Encoding):
+def make_encode_rows(encoding: EncodingConfig):
     """Kernel that encodes rows of `x`."""
     encode, n_padded = make_encode(encoding), encoding.n_padded
     padding_begin, n_padding = encoding.final_padding
@@ -202,7 +202,7 @@ def make_encode_rows(encoding: Encoding):
 
 
 @cache
-def make_input_gradient(encoding: Encoding, dtype: type):
+def make_input_gradient(encoding: EncodingConfig, dtype: type):
     """Kernel that carries gradients of codes, of type `dtype`, on to the inputs."""
     encode_backward, n_padded, n_dims = make_encode_backward(encoding), encoding.n_padded, encoding.n_input_dims
     padding_begin, n_padding = encoding.final_padding
@@ -240,7 +240,7 @@ def make_input_gradient(encoding: Encoding, dtype: type):
 
 
 @cache
-def make_split_gradient(encoding: Encoding):
+def make_split_gradient(encoding: EncodingConfig):
     """Kernel that sorts the grid columns of gradients of codes by level, as the tables' gradients need them."""
     padding_end, n_padded = sum(encoding.final_padding), encoding.n_padded
     n_levels = sum(part.config.n_levels for part in encoding.grids)

@@ -8,7 +8,7 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, n_valid_rows
+from .encoding import UNIQUE, EncodingConfig, n_valid_rows
 from .encoding_parts import Frequency, Identity, OneBlob, Part, SphericalHarmonics, TriangleWave
 from .grid import Grid
 from .vectors import SIN_SOURCE, VECTOR_SOURCE
@@ -19,7 +19,7 @@ BLOCK = 64  # samples encoded at once
 MAX_SCRATCH = 6 << 20  # bytes of a thread's stack that a block may take
 
 
-def encode_columns_source(encoding: Encoding) -> str:
+def encode_columns_source(encoding: EncodingConfig) -> str:
     """C++ that encodes rows [row, row + n) of `x` into `code` (n_padded x BLOCK): column by column, n <= BLOCK.
 
     Rows past n repeat row n - 1, without grid features. Needs VECTOR_SOURCE and the variables x (Warp array), row, n,
@@ -44,7 +44,7 @@ def encode_columns_source(encoding: Encoding) -> str:
     return source
 
 
-def _identity_source(part: Part, encoding: Encoding) -> str:
+def _identity_source(part: Part, encoding: EncodingConfig) -> str:
     config = part.config
     return f"""
     for (int d = 0; d < {config.n_dims}; ++d)
@@ -54,7 +54,7 @@ def _identity_source(part: Part, encoding: Encoding) -> str:
     """
 
 
-def _frequency_source(part: Part, encoding: Encoding) -> str:
+def _frequency_source(part: Part, encoding: EncodingConfig) -> str:
     config = part.config
     return f"""
     {SIN_SOURCE}
@@ -72,7 +72,7 @@ def _frequency_source(part: Part, encoding: Encoding) -> str:
     """
 
 
-def _triangle_wave_source(part: Part, encoding: Encoding) -> str:
+def _triangle_wave_source(part: Part, encoding: EncodingConfig) -> str:
     config = part.config
     return f"""
     for (int d = 0; d < {config.n_dims}; ++d)
@@ -88,7 +88,7 @@ def _triangle_wave_source(part: Part, encoding: Encoding) -> str:
     """
 
 
-def _one_blob_source(part: Part, encoding: Encoding) -> str:
+def _one_blob_source(part: Part, encoding: EncodingConfig) -> str:
     config = part.config
     n_bins = config.n_bins
     wrapped = "quartic({0}) + quartic({0} - 1.0f) + quartic({0} + 1.0f)"
@@ -115,7 +115,7 @@ def _one_blob_source(part: Part, encoding: Encoding) -> str:
     """
 
 
-def _spherical_harmonics_source(part: Part, encoding: Encoding) -> str:
+def _spherical_harmonics_source(part: Part, encoding: EncodingConfig) -> str:
     config = part.config
     return f"""
     static const float factors[] = {{{", ".join(f"{f!r}f" for f in config.normalizations)}}};
@@ -142,7 +142,7 @@ def _spherical_harmonics_source(part: Part, encoding: Encoding) -> str:
     """
 
 
-def _grid_source(part: Part, encoding: Encoding) -> str:
+def _grid_source(part: Part, encoding: EncodingConfig) -> str:
     grid = part.config
     n_features = grid.n_features_per_level
     # Vectors of consecutive features, sorted by feature in log2(n_features) turns
@@ -205,7 +205,7 @@ def check_scratch(n_columns: int, what: str) -> None:
 
 
 @cache
-def make_encode_wide(encoding: Encoding):
+def make_encode_wide(encoding: EncodingConfig):
     """CPU kernel that encodes a block of rows per index. Raises ValueError if it has too many columns."""
     check_scratch(encoding.n_input_dims + encoding.n_padded, f"an encoding of {encoding.n_padded} columns")
     padding_begin, n_padding = encoding.final_padding

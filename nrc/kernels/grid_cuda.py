@@ -5,7 +5,7 @@ from typing import Any
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, Part
+from .encoding import UNIQUE, EncodingConfig, Part
 from .grid import make_corner_weight, make_first_entry, make_grid_cell, make_grid_entry
 from .optimizer import GO, N_ROWS
 
@@ -60,7 +60,7 @@ def atomic_add_four(
 
 
 @cache
-def make_accumulate_grid_cuda(encoding: Encoding, part: Part, dtype: Any, table_dtype: Any):
+def make_accumulate_grid_cuda(encoding: EncodingConfig, part: Part, dtype: Any, table_dtype: Any):
     """Kernel that adds the table gradient of one grid: codes' gradients of type `dtype` into `table_dtype`."""
     grid = part.config
     grid_cell, grid_entry = make_grid_cell(grid), make_grid_entry(grid)

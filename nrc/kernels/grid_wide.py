@@ -8,7 +8,7 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, Part, n_valid_rows
+from .encoding import UNIQUE, EncodingConfig, Part, n_valid_rows
 from .grid import Grid
 from .vectors import VECTOR_SOURCE
 
@@ -123,7 +123,7 @@ def gather_points_source(part: Part, row: str) -> str:
 
 
 @cache
-def make_encode_grid_wide(encoding: Encoding, part: Part):
+def make_encode_grid_wide(encoding: EncodingConfig, part: Part):
     """CPU kernel that interpolates one grid level for up to GRID_ROWS samples per index."""
     grid = part.config
     n_features, n_corners = grid.n_features_per_level, grid.n_corners
@@ -180,7 +180,7 @@ def make_encode_grid_wide(encoding: Encoding, part: Part):
     return encode_grid_wide
 
 
-def scatter_level_source(encoding: Encoding, part: Part) -> str:
+def scatter_level_source(encoding: EncodingConfig, part: Part) -> str:
     """C++ that adds the gradient of one level's table, sample after sample.
 
     Needs `grid_corners_source(part.config)` and the variables level, n_rows, x, dL_dgrid, `float* table` (the gradient
@@ -206,7 +206,7 @@ def scatter_level_source(encoding: Encoding, part: Part) -> str:
 
 
 @cache
-def make_accumulate_grid_wide(encoding: Encoding, part: Part):
+def make_accumulate_grid_wide(encoding: EncodingConfig, part: Part):
     """CPU kernel that adds the gradient of one grid level's table per index."""
     n_features = part.config.n_features_per_level
     source = f"""

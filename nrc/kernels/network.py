@@ -18,7 +18,7 @@ MAX_GRADIENT = 1.0e18  # a larger magnitude counts as non-finite: the square of 
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkConfig:
     """`n_hidden_layers` layers of `n_neurons` between `n_inputs` (a multiple of 16) and `n_outputs`.
 
     `otype` only sets which widths are allowed: tiny-cuda-nn's FullyFusedMLP has four, its general MLP (CutlassMLP) any

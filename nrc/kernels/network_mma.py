@@ -16,10 +16,10 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, make_encode, n_valid_rows
+from .encoding import UNIQUE, EncodingConfig, make_encode, n_valid_rows
 from .loss import make_given_gradient, make_loss, row_weight
 from .mma import WARP, primitives_source, weight_place
-from .network import MAX_GRADIENT, Network
+from .network import MAX_GRADIENT, NetworkConfig
 from .network_mma_source import (
     backward_source,
     forward_source,
@@ -38,13 +38,13 @@ THREADS = 128  # per block
 OPTIONS = {**UNIQUE, "block_dim": THREADS}
 
 
-def _launch_bounds(network: Network) -> tuple[int, int]:
+def _launch_bounds(network: NetworkConfig) -> tuple[int, int]:
     """Threads per block, and blocks that share a multiprocessor: a thread gets 128 or 255 registers."""
     return THREADS, 4 if network.n_neurons <= 64 else 2
 
 
 @cache
-def make_pack_weights(network: Network):
+def make_pack_weights(network: NetworkConfig):
     """Kernel that rounds the weights to half precision, in the order in which the lanes read them."""
     n_inputs, n_neurons, n_outputs = network.n_inputs, network.n_neurons, network.n_outputs
     n_padded = padded(n_outputs)
@@ -90,7 +90,7 @@ def make_pack_weights(network: Network):
 
 
 @cache
-def make_infer_mma(encoding: Encoding, network: Network):
+def make_infer_mma(encoding: EncodingConfig, network: NetworkConfig):
     """Kernel that evaluates the network, one thread per sample, 32 samples per warp."""
     encode = make_encode(encoding)
     Code = wp.types.vector(length=network.n_inputs, dtype=float)
@@ -128,7 +128,7 @@ def make_infer_mma(encoding: Encoding, network: Network):
 
 
 @cache
-def make_backpropagate_mma(encoding: Encoding, network: Network, loss_otype: str | None):
+def make_backpropagate_mma(encoding: EncodingConfig, network: NetworkConfig, loss_otype: str | None):
     """Kernel that backpropagates the loss, one thread per sample, and stores what the weight gradients need.
 
     All gradients are stored times `loss_scale`, in half precision. A row of which something is not finite there gets
@@ -215,7 +215,7 @@ def make_backpropagate_mma(encoding: Encoding, network: Network, loss_otype: str
 
 
 @cache
-def make_accumulate_weight_gradient_mma(network: Network):
+def make_accumulate_weight_gradient_mma(network: NetworkConfig):
     """Kernel that sums the weight gradients of each chunk of rows, one warp per (chunk, tile of weights)."""
     n_warps = weight_gradient_warps(network)
 

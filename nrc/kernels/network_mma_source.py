@@ -2,7 +2,7 @@
 
 from .activation import needs_sum
 from .mma import FINITE_SOURCE, STORE_SOURCE, for_registers, primitives_source, product_source, setup_source
-from .network import Network
+from .network import NetworkConfig
 
 TILE_BLOCKS = 4  # blocks of 16 along each side of a warp's tile of a weight gradient
 
@@ -12,27 +12,27 @@ def padded(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def packed_size(network: Network) -> int:
+def packed_size(network: NetworkConfig) -> int:
     """Halves of the packed weights: every layer for the forward pass, then every layer transposed."""
     return 2 * sum(n_in * padded(n_out) for _, n_in, n_out in network.layers)
 
 
-def delta_columns(network: Network) -> int:
+def delta_columns(network: NetworkConfig) -> int:
     """Columns of the stored gradients by pre-activations: hidden layers, then the outputs padded to 16 with zeros."""
     return network.n_hidden_layers * network.n_neurons + padded(network.n_outputs)
 
 
-def weight_gradient_warps(network: Network) -> int:
+def weight_gradient_warps(network: NetworkConfig) -> int:
     """Warps per chunk of rows that `accumulate_weight_gradient_mma` needs: one per tile, one for the loss."""
     return sum(n_rows * n_columns for _, _, n_rows, n_columns in _tiles(network)) + 1
 
 
-def state_size(network: Network) -> int:
+def state_size(network: NetworkConfig) -> int:
     """What a lane keeps from the forward to the backward pass: four marks, its row's outputs, their derivatives."""
     return 4 + 2 * network.n_outputs
 
 
-def forward_source(network: Network, keep: bool) -> str:
+def forward_source(network: NetworkConfig, keep: bool) -> str:
     """C++ from `code` to the outputs, or (keep) to the state for the backward pass."""
     n_inputs, n_neurons, n_outputs = network.n_inputs, network.n_neurons, network.n_outputs
     n_hidden = network.n_hidden_layers
@@ -114,7 +114,7 @@ def forward_source(network: Network, keep: bool) -> str:
     )
 
 
-def prediction_source(network: Network) -> str:
+def prediction_source(network: NetworkConfig) -> str:
     """C++ that takes the outputs from the state."""
     return (
         primitives_source()
@@ -127,7 +127,7 @@ def prediction_source(network: Network) -> str:
     )
 
 
-def backward_source(network: Network) -> str:
+def backward_source(network: NetworkConfig) -> str:
     """C++ from the gradients of the outputs and the kept state to those of all sums and of the code."""
     n_inputs, n_neurons, n_outputs = network.n_inputs, network.n_neurons, network.n_outputs
     n_hidden = network.n_hidden_layers
@@ -198,7 +198,7 @@ def backward_source(network: Network) -> str:
     )
 
 
-def _tiles(network: Network) -> list[tuple[int, int, int, int]]:
+def _tiles(network: NetworkConfig) -> list[tuple[int, int, int, int]]:
     """Each layer's matrix in tiles: blocks of 16 along a tile's rows and columns, tiles along both."""
 
     def side(n: int) -> int:
@@ -211,7 +211,7 @@ def _tiles(network: Network) -> list[tuple[int, int, int, int]]:
     return tiles
 
 
-def weight_gradient_source(network: Network) -> str:
+def weight_gradient_source(network: NetworkConfig) -> str:
     """C++ of one warp's tile: activations transposed, times deltas, over the rows [begin, end)."""
     n_inputs, n_neurons, n_hidden = network.n_inputs, network.n_neurons, network.n_hidden_layers
     tiles = _tiles(network)

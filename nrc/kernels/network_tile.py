@@ -14,9 +14,9 @@ from typing import Any
 import warp as wp
 
 from .activation import make_activation
-from .encoding import UNIQUE, Encoding, make_encode, n_valid_rows
+from .encoding import UNIQUE, EncodingConfig, make_encode, n_valid_rows
 from .loss import make_given_gradient, make_loss, row_weight
-from .network import Network
+from .network import NetworkConfig
 from .tile import Tiling, make_backward, make_forward, make_product, make_set_row, make_sum_products, synchronize_block
 
 wp.set_module_options({"enable_backward": False})
@@ -25,7 +25,7 @@ GRADIENT_THREADS = 128  # per block of a weight gradient
 
 
 @cache
-def make_pack_weights_tile(network: Network, dtype: Any):
+def make_pack_weights_tile(network: NetworkConfig, dtype: Any):
     """Kernel that converts the weights and lays them out in blocks, in the order in which products take them.
 
     The blocks of one block of columns follow each other.
@@ -80,7 +80,7 @@ def make_pack_weights_tile(network: Network, dtype: Any):
 
 
 @cache
-def make_infer_tile(encoding: Encoding, network: Network, dtype: Any = wp.float16, gemm: bool = True):
+def make_infer_tile(encoding: EncodingConfig, network: NetworkConfig, dtype: Any = wp.float16, gemm: bool = True):
     """Kernel that evaluates the network, one thread block per tile of rows.
 
     `gemm` leaves products on CUDA to cuBLASDx, which needs a minute to compile, several for older cards than sm_80.
@@ -129,7 +129,7 @@ def make_infer_tile(encoding: Encoding, network: Network, dtype: Any = wp.float1
 
 @cache
 def make_backpropagate_tile(
-    encoding: Encoding, network: Network, loss_otype: str | None, dtype: Any = wp.float16, gemm: bool = True
+    encoding: EncodingConfig, network: NetworkConfig, loss_otype: str | None, dtype: Any = wp.float16, gemm: bool = True
 ):
     """Kernel that backpropagates the loss, one thread block per tile of rows, and stores what weight gradients need.
 
@@ -241,7 +241,7 @@ def make_backpropagate_tile(
 
 
 @cache
-def make_accumulate_weight_gradient_tile(network: Network, dtype: Any = wp.float16, gemm: bool = True):
+def make_accumulate_weight_gradient_tile(network: NetworkConfig, dtype: Any = wp.float16, gemm: bool = True):
     """Kernel that sums the weight gradients of each chunk of rows, one thread block per (chunk, block of weights)."""
     tiling = Tiling(network, dtype)
     block, input_block = tiling.block, tiling.input_block

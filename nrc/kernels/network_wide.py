@@ -11,11 +11,11 @@ from functools import cache
 import warp as wp
 
 from .activation import activate_source, activation_functions, derivative_source, needs_sum
-from .encoding import UNIQUE, Encoding, n_valid_rows
+from .encoding import UNIQUE, EncodingConfig, n_valid_rows
 from .encoding_wide import BLOCK, check_scratch, encode_columns_source
 from .loss import loss_source
 from .matrix_wide import LAYER_SOURCE, TRANSPOSE_SOURCE, WEIGHT_GRADIENT_SOURCE
-from .network import MAX_GRADIENT, Network
+from .network import MAX_GRADIENT, NetworkConfig
 from .vectors import VECTOR_SOURCE
 
 wp.set_module_options({"enable_backward": False})
@@ -37,7 +37,7 @@ def _padded(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _functions_source(network: Network) -> str:
+def _functions_source(network: NetworkConfig) -> str:
     """C++ that both passes need before anything else."""
     return (
         "#pragma clang fp contract(fast)\n"  # multiply and add in one instruction where the processor has it
@@ -47,7 +47,7 @@ def _functions_source(network: Network) -> str:
     )
 
 
-def _forward_source(encoding: Encoding, network: Network, keep: bool) -> str:
+def _forward_source(encoding: EncodingConfig, network: NetworkConfig, keep: bool) -> str:
     """C++ for rows [row, row + n): fills code, hidden, output and, to `keep` what backpropagation needs, sums.
 
     All are (neurons x BLOCK). Without `keep`, `hidden` holds two layers that take turns.
@@ -78,7 +78,7 @@ def _forward_source(encoding: Encoding, network: Network, keep: bool) -> str:
 
 
 @cache
-def make_infer_wide(encoding: Encoding, network: Network):
+def make_infer_wide(encoding: EncodingConfig, network: NetworkConfig):
     """CPU kernel that evaluates the network for a block of rows per index. Raises ValueError if it is too wide."""
     n_outputs = network.n_outputs
     n_columns = encoding.n_input_dims + network.n_inputs + 2 * network.n_neurons + n_outputs
@@ -131,7 +131,9 @@ def make_infer_wide(encoding: Encoding, network: Network):
 
 
 @cache
-def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: str | None, input_gradient: bool):
+def make_backpropagate_wide(
+    encoding: EncodingConfig, network: NetworkConfig, loss_otype: str | None, input_gradient: bool
+):
     """CPU kernel that backpropagates a chunk of rows and sums its weight gradients, one chunk per index.
 
     Without a loss, `y` holds the gradients of the outputs instead of targets and nothing is normalised. With
@@ -201,7 +203,9 @@ def make_backpropagate_wide(encoding: Encoding, network: Network, loss_otype: st
     return backpropagate_wide
 
 
-def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str | None, input_gradient: bool) -> str:
+def _backpropagate_source(
+    encoding: EncodingConfig, network: NetworkConfig, loss_otype: str | None, input_gradient: bool
+) -> str:
     """C++ for rows [begin, end) of a chunk, a block at a time."""
     n_neurons, n_outputs = network.n_neurons, network.n_outputs
     n_padded, first_output = _padded(n_outputs), network.layers[-1][0]
@@ -232,7 +236,7 @@ def _backpropagate_source(encoding: Encoding, network: Network, loss_otype: str 
     """
 
 
-def _scratch_source(network: Network, n_inputs: int) -> str:
+def _scratch_source(network: NetworkConfig, n_inputs: int) -> str:
     """What a block keeps between forward and backward, all (neurons x BLOCK) but the weights' output_gradient."""
     n_hidden, n_neurons, n_padded = network.n_hidden_layers, network.n_neurons, _padded(network.n_outputs)
     widest = max(n_neurons, network.n_inputs, n_padded)
@@ -258,7 +262,7 @@ def _scratch_source(network: Network, n_inputs: int) -> str:
     return source
 
 
-def _output_backward_source(network: Network, loss_otype: str | None) -> str:
+def _output_backward_source(network: NetworkConfig, loss_otype: str | None) -> str:
     """C++ that adds the block's loss to `value` and sets dL_doutput, the gradient by the sums of the outputs."""
     n_neurons, n_outputs, n_padded = network.n_neurons, network.n_outputs, _padded(network.n_outputs)
     with_sum = "const f16 v = *(const f16*)(output_sums + at);" if needs_sum(network.output_activation) else ""
@@ -284,7 +288,7 @@ def _output_backward_source(network: Network, loss_otype: str | None) -> str:
     """
 
 
-def _layers_backward_source(network: Network) -> str:
+def _layers_backward_source(network: NetworkConfig) -> str:
     """C++ that adds to the hidden layers' weight gradients and leaves the gradient by the first sums in delta[0]."""
     n_inputs, n_neurons, n_outputs = network.n_inputs, network.n_neurons, network.n_outputs
     last, n_weights = network.n_hidden_layers - 1, network.n_neurons**2
@@ -309,7 +313,7 @@ def _layers_backward_source(network: Network) -> str:
     """
 
 
-def _code_backward_source(encoding: Encoding, network: Network, input_gradient: bool) -> str:
+def _code_backward_source(encoding: EncodingConfig, network: NetworkConfig, input_gradient: bool) -> str:
     """C++ that turns delta[0] into the gradients of the code and of the grid features, where they are wanted."""
     if not encoding.grids and not input_gradient:
         return ""

@@ -30,7 +30,7 @@ UNROLLED = {"enable_backward": False, "max_unroll": UPDATE_BLOCK}  # options of 
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """Adam (Kingma and Ba 2015) or SGD, the learning rate's schedule, the weights' average; tiny-cuda-nn's defaults."""
 
     learning_rate: float = 1e-3

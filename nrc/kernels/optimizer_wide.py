@@ -9,7 +9,7 @@ from functools import cache
 
 import warp as wp
 
-from .encoding import UNIQUE, Encoding, Part
+from .encoding import UNIQUE, EncodingConfig, Part
 from .grid_wide import grid_corners_source, scatter_level_source
 from .network import MAX_GRADIENT
 from .optimizer import GO, N_ROWS, UPDATE_BLOCK, OptimizerView
@@ -147,7 +147,7 @@ def make_update_weights_wide(otype: str, average: bool):
 
 
 @cache
-def make_update_grid_wide(encoding: Encoding, part: Part, otype: str, average: bool):
+def make_update_grid_wide(encoding: EncodingConfig, part: Part, otype: str, average: bool):
     """CPU kernel that sums the gradient of one grid's levels and updates the entries it touches."""
     grid = part.config
     n_features, n_levels = grid.n_features_per_level, grid.n_levels

@@ -12,7 +12,7 @@ from typing import Any
 import warp as wp
 
 from .activation import make_activation, needs_sum
-from .network import Network
+from .network import NetworkConfig
 
 wp.set_module_options({"enable_backward": False})
 
@@ -26,7 +26,7 @@ GRADIENT_ROWS = 64  # rows per product of a weight gradient
 class Tiling:
     """How a network's matrices are cut: rows of a tile, blocks of weights, places in the packed weights."""
 
-    network: Network
+    network: NetworkConfig
     dtype: Any
 
     @property
