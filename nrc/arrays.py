@@ -8,18 +8,19 @@ import numpy as np
 import warp as wp
 
 
-def as_rows(name: str, array: Any, n_columns: int, device: wp.Device) -> wp.array:
-    """(rows, n_columns) float32 on `device` with contiguous rows to read from.
+def as_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_rows: int = 0) -> wp.array:
+    """(at least n_rows, n_columns) float32 on `device` with contiguous rows to read from.
 
     The caller's memory where device, type and layout match; a converted copy where they do not. Arrays of `n_columns`
     vectors count as rows.
 
     Raises:
-        ValueError: Not an array, or not of `n_columns` columns.
+        ValueError: Not an array, not of `n_columns` columns, or of too few rows.
     """
     view = _floats(name, array)
     if view.ndim != 2 or view.shape[1] != n_columns:
         raise ValueError(f"{name} must have shape (rows, {n_columns}), got {describe(view)}")
+    _check_rows(name, view, n_rows)
     if view.shape[0] > 0 and view.strides[1] != 4 and n_columns > 1:
         view = view.contiguous()
     return view if view.device == device else view.to(device)
@@ -39,8 +40,7 @@ def as_written_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_
         raise ValueError(
             f"{name} must be {kind}float32 (rows, {n_columns}) with contiguous rows on {device}, got {describe(view)}"
         )
-    if view.shape[0] < n_rows:
-        raise ValueError(f"{name} has {view.shape[0]} rows, x has {n_rows}")
+    _check_rows(name, view, n_rows)
     return view
 
 
@@ -83,6 +83,11 @@ def describe(array: Any) -> str:
     if isinstance(array, wp.array):
         return f"{wp.types.type_repr(array.dtype)}{list(array.shape)} on {array.device}"
     return repr(type(array))
+
+
+def _check_rows(name: str, view: wp.array, n_rows: int) -> None:
+    if view.shape[0] < n_rows:
+        raise ValueError(f"{name} has {view.shape[0]} rows, x has {n_rows}")
 
 
 def _floats(name: str, array: Any) -> wp.array:

@@ -19,14 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 import warp as wp
 
-from nrc.field import Field
+from nrc.field import GRID_INIT, Field
 from nrc.launch import prepare, resolve_device, threads
 from nrc.trainer import Trainer
 
 N_LEVELS, N_FEATURES, BASE_RESOLUTION, PER_LEVEL_SCALE = 16, 2, 16, 1.5
 N_NEURONS, N_OUTPUTS = 64, 3
 ADAM = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-15}
-GRID_INIT = 1e-4  # table entries start uniform in +-GRID_INIT
 N_BATCHES = 8  # that training and inference go through in turn
 N_FIRST_STEPS = 30  # from the initial parameters, before anything is timed; their losses must fall
 

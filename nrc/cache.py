@@ -198,7 +198,7 @@ class RadianceCache:
 
     def query_primary(self, records: Records, count: wp.array | None = None) -> wp.array:
         """As `query`, from the weights being trained: the tails of self-training suffixes."""
-        return self._query(records, count, self.trainer.field.params, self._primary_radiance)
+        return self._query(records, count, self.field.params, self._primary_radiance)
 
     def train(self, records: Records, targets: wp.array, count: wp.array | None = None) -> None:
         """Learn from one frame: shuffle the records into batches and take one optimizer step on each.

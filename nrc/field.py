@@ -145,12 +145,10 @@ class Model:
             ValueError: Wrong shape, type or device, or nothing to compute.
         """
         x = as_rows("x", x, self.n_input_dims, self.device)
-        dL_dy = as_rows("dL_dy", dL_dy, self.n_output_dims, self.device)
+        dL_dy = as_rows("dL_dy", dL_dy, self.n_output_dims, self.device, x.shape[0])
         count = as_count(count, self.device)
         if dL_dx is None and dL_dparams is None:
             raise ValueError("backward needs dL_dx or dL_dparams to add to")
-        if dL_dy.shape[0] < x.shape[0]:
-            raise ValueError(f"dL_dy has {dL_dy.shape[0]} rows, x has {x.shape[0]}")
         if dL_dx is not None:
             dL_dx = as_written_rows("dL_dx", dL_dx, self.n_input_dims, self.device, x.shape[0])
         if dL_dparams is not None:
@@ -287,7 +285,7 @@ class Encoding(Model):
 
 def _whole(name: str, value: Any) -> int:
     try:
-        return max(operator.index(value), 0)
+        return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 

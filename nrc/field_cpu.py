@@ -6,7 +6,7 @@ from typing import Any
 
 import warp as wp
 
-from .gradients import Gradients, chunk_size_of, max_chunks
+from .gradients import Gradients, chunk_size_of, max_chunks, no_sums
 from .kernels import encoding as enc
 from .kernels import encoding_wide, grid_wide, network_wide
 from .kernels import network as net
@@ -31,12 +31,7 @@ class CpuPasses:
         self._n_reserved = -1
         if network is None:
             self._evaluate = encoding_wide.make_encode_wide(encoding)
-            self._no_weights, self._no_loss, self._all_finite = (
-                self._zeros(1, 0),
-                self._zeros(1),
-                self._zeros(1, dtype=int),
-            )
-            self._all_finite.fill_(1)
+            self._no_sums = no_sums(device)
             self._split_gradient = enc.make_split_gradient(encoding)
             return
         self._evaluate = network_wide.make_infer_wide(encoding, network)
@@ -78,7 +73,7 @@ class CpuPasses:
             launch(
                 self._split_gradient, n_rows, inputs=[n_rows, count, y], outputs=[self._dL_dgrid], device=self.device
             )
-            return Gradients(max(1, n_rows), self._no_weights, self._no_loss, self._all_finite, self._dL_dgrid, y)
+            return Gradients(max(1, n_rows), *self._no_sums, self._dL_dgrid, y)
         size = chunk_size_of(n_rows, self.network.n_params)
         n_chunks = -(-n_rows // size)
         if input_gradient and self._dL_dcode.shape[0] < n_rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 import warp as wp
 
-from .gradients import Gradients, chunk_size_of, max_chunks
+from .gradients import Gradients, chunk_size_of, max_chunks, no_sums
 from .kernels import encoding as enc
 from .kernels import grid_cuda, network_mma, network_tile, tile
 from .kernels import network as net
@@ -54,12 +54,7 @@ class CudaPasses:
         self._no_codes = self._zeros(0, 0, dtype=self.dtype)
         if network is None:
             self._evaluate = enc.make_encode_rows(encoding)
-            self._no_weights, self._no_loss, self._all_finite = (
-                self._zeros(1, 0),
-                self._zeros(1),
-                self._zeros(1, dtype=int),
-            )
-            self._all_finite.fill_(1)
+            self._no_sums = no_sums(device)
             return
         self._gemm = device.is_cuda and device.arch >= MIN_MMA_ARCH
         if mma is None:
@@ -124,7 +119,7 @@ class CudaPasses:
         Their arrays are overwritten by the next call. Allocates where more rows come than ever before.
         """
         if self.network is None:
-            return Gradients(max(1, x.shape[0]), self._no_weights, self._no_loss, self._all_finite, None, y)
+            return Gradients(max(1, x.shape[0]), *self._no_sums, None, y)
         n_rows = x.shape[0]
         self.reserve(n_rows)
         if input_gradient:

@@ -48,3 +48,12 @@ class Gradients:
     dL_dgrid: wp.array | None
     dL_dcode: wp.array | None
     loss_scale: float = 1.0
+
+
+def no_sums(device: wp.Device) -> tuple[wp.array, wp.array, wp.array]:
+    """Chunk gradient, loss and finiteness of an encoding alone, which has no weights: one empty chunk."""
+    return (
+        wp.zeros((1, 0), dtype=float, device=device),
+        wp.zeros(1, dtype=float, device=device),
+        wp.ones(1, dtype=int, device=device),
+    )

@@ -179,10 +179,8 @@ class Optimizer:
         """
         field = self.field
         x = as_rows("x", x, field.n_input_dims, self.device)
-        dL_dy = as_rows("dL_dy", dL_dy, field.n_output_dims, self.device)
+        dL_dy = as_rows("dL_dy", dL_dy, field.n_output_dims, self.device, x.shape[0])
         count = as_count(count, self.device)
-        if dL_dy.shape[0] < x.shape[0]:
-            raise ValueError(f"dL_dy has {dL_dy.shape[0]} rows, x has {x.shape[0]}")
         gradients = field.passes.backpropagate(field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=False)
         self.apply(gradients, x, x.shape[0], count)
 

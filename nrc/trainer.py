@@ -91,13 +91,11 @@ class Trainer:
         """
         field = self.field
         x = as_rows("x", x, field.n_input_dims, field.device)
-        y = as_rows("y", y, field.n_output_dims, field.device)
-        count = as_count(count, field.device)
         n_rows = x.shape[0]
+        y = as_rows("y", y, field.n_output_dims, field.device, n_rows)
+        count = as_count(count, field.device)
         if pdf is not None:
             pdf = as_values("pdf", pdf, n_rows, field.device)
-        if y.shape[0] < n_rows:
-            raise ValueError(f"y has {y.shape[0]} rows, x has {n_rows}")
         if self.batch_size is not None and n_rows > self.batch_size:
             raise ValueError(f"x has {n_rows} rows, batch_size is {self.batch_size}")
         gradients = field.passes.backpropagate(
