@@ -16,6 +16,7 @@ from .arrays import as_count, as_rows, as_values, as_written_rows, as_written_va
 from .config import parse_encoding, parse_network
 from .field_cpu import CpuPasses
 from .field_cuda import CudaPasses
+from .gradients import Gradients
 from .kernels import encoding as enc
 from .kernels import network as net
 from .kernels import optimizer as opt
@@ -157,13 +158,7 @@ class Model:
             self.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=dL_dx is not None
         )
         if dL_dx is not None:
-            launch(
-                self.passes.input_gradient_kernel,
-                x.shape[0],
-                inputs=[self.params, 1.0 / gradients.loss_scale, x.shape[0], count, x, gradients.dL_dcode],
-                outputs=[dL_dx],
-                device=self.device,
-            )
+            self.add_input_gradient(gradients, x, count, dL_dx)
         if dL_dparams is not None:
             launch(opt.take_rows, 1, inputs=[x.shape[0], count], outputs=[self._state], device=self.device)
             if self.n_matrix_params:
@@ -176,6 +171,16 @@ class Model:
                 )
             if self.encoding.n_params:
                 self.passes.accumulate_grids(x, self._state, gradients, dL_dparams[self.n_matrix_params :])
+
+    def add_input_gradient(self, gradients: Gradients, x: wp.array, count: wp.array | None, dL_dx: wp.array) -> None:
+        """Add the inputs' part of `gradients`, of `passes.backpropagate` with `input_gradient` at `x`, to `dL_dx`."""
+        launch(
+            self.passes.input_gradient_kernel,
+            x.shape[0],
+            inputs=[self.params, 1.0 / gradients.loss_scale, x.shape[0], count, x, gradients.dL_dcode],
+            outputs=[dL_dx],
+            device=self.device,
+        )
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels of `inference` by name, for `nrc.launch.prepare`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from .arrays import as_count, as_rows
+from .arrays import as_count, as_rows, as_written_rows
 from .config import parse_optimizer
 from .field import Model
 from .field_cpu import CpuPasses
@@ -166,12 +166,14 @@ class Optimizer:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
         return dict(self._state_arrays)
 
-    def step(self, x: Any, dL_dy: Any, *, count: Any = None) -> None:
+    def step(self, x: Any, dL_dy: Any, *, dL_dx: Any = None, count: Any = None) -> None:
         """Take one step along the gradient of a scalar L by the outputs at `x`, which `Field.forward` gives.
 
         Args:
             x: (rows, n_input_dims) inputs.
             dL_dy: (rows, n_output_dims).
+            dL_dx: (rows, n_input_dims) float32 to add L's gradient by the inputs to, taken before the step: what the
+                field in front of this one trains on. Rows that are not used keep their content.
             count: Number of rows to use, an int32 array of length 1 on the device; all rows by default.
 
         Raises:
@@ -181,7 +183,13 @@ class Optimizer:
         x = as_rows("x", x, field.n_input_dims, self.device)
         dL_dy = as_rows("dL_dy", dL_dy, field.n_output_dims, self.device, x.shape[0])
         count = as_count(count, self.device)
-        gradients = field.passes.backpropagate(field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=False)
+        if dL_dx is not None:
+            dL_dx = as_written_rows("dL_dx", dL_dx, field.n_input_dims, self.device, x.shape[0])
+        gradients = field.passes.backpropagate(
+            field.params, x, dL_dy, count, loss=None, pdf=None, input_gradient=dL_dx is not None
+        )
+        if dL_dx is not None:
+            field.add_input_gradient(gradients, x, count, dL_dx)
         self.apply(gradients, x, x.shape[0], count)
 
     def apply(self, gradients: Gradients, x: wp.array, n_rows: int, count: wp.array | None) -> wp.array:

@@ -358,3 +358,23 @@ def test_whole_table_gradients_take_the_same_steps(dtype, tolerance):
         losses.append([trainer.step(*map(array, batch(rng, 128))).numpy()[0] for _ in range(12)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
     assert losses[0][11] < 0.7 * losses[0][0]
+
+
+def test_step_gives_the_input_gradient_of_before() -> None:
+    """`dL_dx` gains what `Field.backward` computes before the step, and the step itself stays the same."""
+    encoding = {"otype": "HashGrid", "n_levels": 4, "log2_hashmap_size": 10}
+    network = {"otype": "FullyFusedMLP", "n_neurons": 32, "n_hidden_layers": 2}
+    rng = np.random.default_rng(0)
+    x, dL_dy = rng.random((500, 3), dtype=np.float32), rng.normal(size=(500, 5)).astype(np.float32)
+    fields = [Field(3, 5, encoding, network, device="cpu") for _ in range(2)]
+    for field in fields:
+        field.set_params(np.random.default_rng(1).uniform(-0.3, 0.3, field.n_params))
+    expected, out = (np.full((500, 3), 2.0, np.float32) for _ in range(2))
+    fields[0].backward(x, dL_dy, dL_dx=expected)
+    count = wp.array([400], dtype=int, device="cpu")
+    for field, dL_dx in zip(fields, (None, out), strict=True):
+        Optimizer(field, {"otype": "Adam"}).step(x, dL_dy, dL_dx=dL_dx, count=count)
+    np.testing.assert_array_equal(out[:400], expected[:400])
+    np.testing.assert_array_equal(out[400:], 2.0)
+    assert np.abs(expected - 2.0).max() > 0.1
+    np.testing.assert_array_equal(fields[0].params.numpy(), fields[1].params.numpy())
