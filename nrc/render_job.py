@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nrc.interrupt import interruptible
 from nrc.renderer import Renderer
 from nrc.snapshot import SnapshotError, load_tensors, save_tensors
 
@@ -76,7 +75,7 @@ class RenderJob:
         """Render frames until the budget is spent or Ctrl-C; the frame under way is always finished."""
         film = self.renderer.film
         last_checkpoint = time.perf_counter()
-        with self._interruptible() as stopped, _progress_bar(budget, film.n_frames, enabled=progress) as bar:
+        with interruptible("frame") as stopped, _progress_bar(budget, film.n_frames, enabled=progress) as bar:
             while not stopped() and not self.is_spent(budget):
                 start = time.perf_counter()
                 self.renderer.frame()
@@ -109,25 +108,6 @@ class RenderJob:
         if budget.spp is not None and self.renderer.film.n_frames >= budget.spp:
             return True
         return budget.seconds is not None and self.seconds >= budget.seconds
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[Callable[[], bool]]:
-        """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the frame; a second interrupts at once."""
-        requested = False
-
-        def request(_signal: int, _frame: Any) -> None:
-            nonlocal requested
-            requested = True
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            print("\nstopping after this frame; Ctrl-C again to abort", file=sys.stderr)
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield lambda: requested
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class _ProgressBar:
