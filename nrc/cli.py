@@ -16,16 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from nrc import assets, launch
+from nrc import assets, cli_fit, launch
+from nrc.cli_arguments import UsageError, add_device, positive_float, positive_int, say, use_threads
 from nrc.image import read_linear, to_srgb8, write_exr, write_image
 from nrc.metrics import compare, difference_picture
 from nrc.scene import Scene
 
 PICTURE_FORMATS = (".exr", ".png", ".hdr")
-
-
-class UsageError(ValueError):
-    """Arguments that do not fit together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,10 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_scene(render)
     _add_render_options(render)
     render.add_argument("--integrator", choices=("path", "nrc", "cache"), default="nrc", help="default: nrc")
-    render.add_argument("--spp", type=_positive_int, help="samples per pixel (default: the scene's)")
+    render.add_argument("--spp", type=positive_int, help="samples per pixel (default: the scene's)")
     render.add_argument(
         "--seconds",
-        type=_positive_float,
+        type=positive_float,
         help="stop after this long in all, compilation excluded",
     )
     render.add_argument("--aov", action="store_true", help="add first-hit layers and views of the cache (EXR only)")
@@ -83,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     cache = bench.add_parser("cache", help="path tracing and the cache, from untrained, for equal time")
     _add_scene(cache)
     _add_render_options(cache)
-    cache.add_argument("--seconds", type=_positive_float, default=20.0, help="for each of the two (default: 20)")
+    cache.add_argument("--seconds", type=positive_float, default=20.0, help="for each of the two (default: 20)")
     cache.add_argument("--reference", type=Path, required=True, help="converged picture of the same size")
     cache.add_argument("--out", type=Path, help="folder for path.exr and nrc.exr")
     cache.add_argument("--mitsuba", action="store_true", help="also Mitsuba's path integrator (llvm_ad_rgb), same time")
@@ -91,18 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     rays = bench.add_parser("rays", help="path tracing throughput beside Mitsuba's")
     _add_scene(rays)
     _add_render_options(rays)
-    rays.add_argument("--seconds", type=_positive_float, default=10.0, help="for each of the two (default: 10)")
+    rays.add_argument("--seconds", type=positive_float, default=10.0, help="for each of the two (default: 10)")
     rays.set_defaults(run=_bench_rays)
 
     field = bench.add_parser("field", help="training and inference of a field beside drjit.nn and PyTorch")
-    field.add_argument("--batch", type=_positive_int, default=65536, help="samples per step (default: 65536)")
-    field.add_argument("--log2-hashmap-size", type=_positive_int, default=19, help="entries of a level (default: 19)")
-    field.add_argument("--seconds", type=_positive_float, default=30.0, help="measured, in all (default: 30)")
-    field.add_argument("--rounds", type=_positive_int, default=5, help="turns that each takes (default: 5)")
-    _add_device(field)
+    field.add_argument("--batch", type=positive_int, default=65536, help="samples per step (default: 65536)")
+    field.add_argument("--log2-hashmap-size", type=positive_int, default=19, help="entries of a level (default: 19)")
+    field.add_argument("--seconds", type=positive_float, default=30.0, help="measured, in all (default: 30)")
+    field.add_argument("--rounds", type=positive_int, default=5, help="turns that each takes (default: 5)")
+    add_device(field)
     field.set_defaults(run=_bench_field)
 
-    for command in (render, scenes, compared, info, cache, rays, field):
+    for command in (render, scenes, compared, info, cache, rays, field, *cli_fit.add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -122,39 +119,14 @@ def _add_scene(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_render_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=_positive_int, help="[px]")
-    parser.add_argument("--height", type=_positive_int, help="[px]")
+    parser.add_argument("--width", type=positive_int, help="[px]")
+    parser.add_argument("--height", type=positive_int, help="[px]")
     parser.add_argument("--max-depth", type=int, help="longest path in edges, -1 for no limit (default: the scene's)")
     parser.add_argument("--rr-depth", type=int, help="edges before Russian roulette (default: the scene's)")
     parser.add_argument("--threshold", type=float, default=0.01, help="spread c that ends a path in the cache (0.01)")
     parser.add_argument("--encoding", choices=("hash", "frequency"), default="hash", help="of the cache (hash)")
     parser.add_argument("--seed", type=int, default=0)
-    _add_device(parser)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first CUDA device, else the CPU)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-
-
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0.0 or not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+    add_device(parser)
 
 
 def _load(arguments: argparse.Namespace) -> Scene:
@@ -204,13 +176,6 @@ def _tracer_config(arguments: argparse.Namespace, scene: Scene, integrator: Any)
     )
 
 
-def _use_threads(arguments: argparse.Namespace) -> None:
-    import warp as wp
-
-    wp.config.log_level = wp.LOG_WARNING
-    launch.set_threads(arguments.threads)
-
-
 def _render(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc.cache import CacheConfig
     from nrc.debug_views import debug_views
@@ -218,7 +183,7 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc.renderer import Renderer
 
     start = time.perf_counter()
-    _use_threads(arguments)
+    use_threads(arguments)
     scene = _load(arguments)
     reference = None if arguments.reference is None else read_linear(arguments.reference)
     width, height = _size(arguments, scene, reference)
@@ -244,13 +209,13 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.resume:
         job.resume()
     spp = arguments.spp or (None if arguments.seconds else scene.settings.spp)
-    _say(
+    say(
         f"{scene.name or arguments.scene}: {width}x{height}, {arguments.integrator} on {renderer.device}, "
         f"ready after {time.perf_counter() - start:.1f} s"
     )
     budget = Budget(spp, arguments.seconds)
     if job.is_spent(budget):
-        _say(f"already at {renderer.film.n_frames} samples per pixel and {job.seconds:.1f} s: nothing left to render")
+        say(f"already at {renderer.film.n_frames} samples per pixel and {job.seconds:.1f} s: nothing left to render")
     job.run(budget)
 
     image = renderer.image()
@@ -275,12 +240,12 @@ def _render(arguments: argparse.Namespace) -> dict[str, Any]:
         result["cache"] = renderer.cache.stats()
     _write_picture(out, layers, result)
     if result["invalid_samples"]:
-        _say(f"{result['invalid_samples']} samples were not finite or negative and were left out")
+        say(f"{result['invalid_samples']} samples were not finite or negative and were left out")
     if reference is not None:
         figures = compare(image, reference)
         result |= {name: figures[name] for name in ("relmse", "psnr", "mean_bias")}
-        _say(f"relMSE {figures['relmse']:.5f}, PSNR {figures['psnr']:.2f} dB, mean {100 * figures['mean_bias']:+.2f} %")
-    _say(f"{result['spp']} samples per pixel in {job.seconds:.1f} s: {out}")
+        say(f"relMSE {figures['relmse']:.5f}, PSNR {figures['psnr']:.2f} dB, mean {100 * figures['mean_bias']:+.2f} %")
+    say(f"{result['spp']} samples per pixel in {job.seconds:.1f} s: {out}")
     return result
 
 
@@ -353,7 +318,7 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
 def _bench_cache(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc import bench
 
-    _use_threads(arguments)
+    use_threads(arguments)
     scene = _load(arguments)
     reference = read_linear(arguments.reference)
     width, height = _size(arguments, scene, reference)
@@ -368,7 +333,7 @@ def _bench_cache(arguments: argparse.Namespace) -> dict[str, Any]:
         device=arguments.device,
         out=arguments.out,
         with_mitsuba=arguments.mitsuba,
-        say=_say,
+        say=say,
     )
     return {"scene": arguments.scene, **result}
 
@@ -376,27 +341,25 @@ def _bench_cache(arguments: argparse.Namespace) -> dict[str, Any]:
 def _bench_rays(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc import bench
 
-    _use_threads(arguments)
+    use_threads(arguments)
     scene = _load(arguments)
     width, height = _size(arguments, scene, None)
     config = _tracer_config(arguments, scene, "path")
-    result = bench.bench_rays(
-        scene, width, height, config, seconds=arguments.seconds, device=arguments.device, say=_say
-    )
+    result = bench.bench_rays(scene, width, height, config, seconds=arguments.seconds, device=arguments.device, say=say)
     return {"scene": arguments.scene, **result}
 
 
 def _bench_field(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc.bench_field import bench_field
 
-    _use_threads(arguments)
+    use_threads(arguments)
     return bench_field(
         batch=arguments.batch,
         log2_hashmap_size=arguments.log2_hashmap_size,
         seconds=arguments.seconds,
         rounds=arguments.rounds,
         device=arguments.device,
-        say=_say,
+        say=say,
     )
 
 
@@ -411,10 +374,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

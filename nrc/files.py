@@ -1,7 +1,8 @@
-"""Writing a file in one step: it is there complete, or the older one still is."""
+"""Writing a file in one step, where it is there complete or the older one still is; and what a file holds, in short."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -27,3 +28,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], error: type[Va
         raise error(f"{path}: cannot be written ({reason})") from cause
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()

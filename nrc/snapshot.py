@@ -61,8 +61,10 @@ def save_tensors(
     write_atomically(path, write, SnapshotError)
 
 
-def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the configuration that `save_tensors` wrote.
+def load_tensors(
+    path: str | os.PathLike[str], *, kind: str | tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the configuration that `save_tensors` wrote as `kind`, or one of several.
 
     Raises:
         SnapshotError: The file is missing, truncated, damaged, of another program, kind or version.
@@ -117,10 +119,11 @@ def check_finite(path: str | os.PathLike[str], name: str, values: np.ndarray) ->
         raise SnapshotError(f"{path}: {name}: {values.size - np.count_nonzero(finite)} of {values.size} not finite")
 
 
-def _check_format(path: Path, metadata: Mapping[str, str], kind: str) -> None:
-    if metadata.get("format") != kind:
-        found = metadata.get("format")
-        raise SnapshotError(f"{path}: format is {found!r}, expected {kind!r}: written by another program")
+def _check_format(path: Path, metadata: Mapping[str, str], kind: str | tuple[str, ...]) -> None:
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if metadata.get("format") not in kinds:
+        found, expected = metadata.get("format"), " or ".join(map(repr, kinds))
+        raise SnapshotError(f"{path}: format is {found!r}, expected {expected}: written by another program")
     if metadata.get("version") != str(VERSION):
         raise SnapshotError(f"{path}: version is {metadata.get('version')!r}, this program reads {VERSION}")
 

@@ -1,0 +1,116 @@
+"""`fit_image`, `fit_sdf`, `fit_nerf` and `evaluate`: what the commands `nrc fit` and `nrc eval` do, as functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from nrc.config import one_of
+from nrc.fit.job import FitError, FitJob
+from nrc.launch import prepare
+from nrc.snapshot import load_tensors
+
+TASKS = {"image": "ImageTask", "sdf": "SdfTask", "nerf": "NerfTask"}
+DEFAULT_SECONDS = {"image": 60.0, "sdf": 120.0, "nerf": 900.0}
+
+
+def fit_image(source: str | PathLike[str], **options: Any) -> dict[str, Any]:
+    """Fit an image file: PNG, JPEG, TIFF, EXR, HDR. Options, result and errors as of `fit`."""
+    return fit("image", source, **options)
+
+
+def fit_sdf(source: str | PathLike[str], **options: Any) -> dict[str, Any]:
+    """Fit the signed distance of a mesh: OBJ, STL, PLY, GLB. Options, result and errors as of `fit`."""
+    return fit("sdf", source, **options)
+
+
+def fit_nerf(source: str | PathLike[str], **options: Any) -> dict[str, Any]:
+    """Fit a radiance field to photographs: a folder with transforms.json or a COLMAP model, as `nrc.fit.views` reads.
+
+    Options, result and errors as of `fit`.
+    """
+    return fit("nerf", source, **options)
+
+
+def fit(
+    kind: str,
+    source: str | PathLike[str],
+    *,
+    out: str | PathLike[str] | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Fit a signal, leaving snapshot, checkpoint, metrics and pictures in the folder `out`.
+
+    Args:
+        kind: "image", "sdf" or "nerf".
+        source: File, or folder of views.
+        out: Folder of the run; by default SOURCE_fit, named after the source, in the working folder.
+        steps, seconds: Budget of training, whichever is spent first; `seconds` counts training alone. By default 60 s
+            for an image, 120 s for a mesh, 900 s for a radiance field.
+        resume: Continue from `out`/checkpoint.safetensors; budgets count what was trained before.
+        checkpoint_seconds: Time between checkpoints.
+        progress: Show a progress bar where standard error is a terminal.
+        say: Receives lines about warnings and results; standard error by default.
+        settings: Of the task: `seed`, `device`, `encoding`, `config`, `grid`, `batch_size` as `make_config` in
+            `nrc.fit.settings` describes them, and those of `ImageTask`, `SdfTask` or `NerfTask` alone.
+
+    Returns:
+        What `nrc fit --json` prints: `psnr`, `ssim`, `iou`, `chamfer` where they apply, `seconds`, `steps`, `n_params`,
+        `samples_per_second`, the files written, ...
+
+    Raises:
+        ValueError: A source, setting or checkpoint that cannot be used; the message names file and field.
+    """
+    one_of(kind, tuple(TASKS), "kind of fit")
+    say = say or _say
+    if steps is None and seconds is None:
+        seconds = DEFAULT_SECONDS[kind]
+    source = Path(source)
+    task = getattr(import_module(f"nrc.fit.{kind}"), TASKS[kind])(source, **settings)
+    for warning in task.warnings:
+        say(f"warning: {warning}")
+    folder = Path(f"{source.resolve().stem}_fit") if out is None else Path(out)
+    job = FitJob(task, folder, checkpoint_seconds=checkpoint_seconds)
+    if resume:
+        job.resume()
+    prepare(task.kernels(), task.device)
+    if job.is_spent(steps, seconds):
+        say(f"already at {task.n_steps} steps and {job.seconds:.1f} s: nothing left to train")
+    job.run(steps=steps, seconds=seconds, progress=progress)
+    return job.finish()
+
+
+def evaluate(
+    snapshot: str | PathLike[str], *, source: str | PathLike[str] | None = None, device: Any = None
+) -> dict[str, Any]:
+    """Measure the result of a fit again, from its snapshot.
+
+    Args:
+        source: Where the image, mesh or views are now, by default where they were when the fit began.
+
+    Returns:
+        What `fit` returns, without what only training knows.
+
+    Raises:
+        ValueError: A snapshot or source that cannot be used; the message names file and field.
+    """
+    path = Path(snapshot)
+    _, config = load_tensors(path, kind=("nrc.field", "nrc.nerf"))
+    entry = config.get("fit")
+    if not isinstance(entry, dict) or entry.get("kind") not in TASKS:
+        raise FitError(f"{path}: fit: the snapshot holds a field that no fit wrote, nothing to compare it with")
+    return import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
+
+
+def _say(line: str) -> None:
+    print(f"nrc: {line}", file=sys.stderr, flush=True)
