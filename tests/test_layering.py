@@ -14,12 +14,13 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = {"nrc": CHECKOUT / "nrc", "nrc.viewer": CHECKOUT / "viewer", "nrc.scenes": CHECKOUT / "scenes"}
 
 # Packages that only some installations have.
-OPTIONAL = ("torch", "mitsuba", "drjit", "pyglet", "imgui_bundle")
+OPTIONAL = ("torch", "mitsuba", "drjit", "pyglet", "imgui_bundle", "pycolmap")
 
 # (modules, what they must not reach through any chain of imports)
 FORBIDDEN = [
     (("nrc.cache", "nrc.field", "nrc.trainer"), ("nrc.pathtracer", "nrc.scene", "nrc.assets", "nrc.renderer")),
     (("nrc.scene", "nrc.image", "nrc.launch", "nrc.assets"), ("nrc.pathtracer", "nrc.cache", "nrc.renderer")),
+    (("nrc.fit",), ("nrc.pathtracer", "nrc.cache", "nrc.renderer", "nrc.scene")),
     (("nrc.launch",), ("nrc.scene", "nrc.image", "nrc.kernels")),
 ]
 # The renderer, and what is built on it

@@ -115,9 +115,10 @@ def make_config(
         "dir_encoding": {"otype": "SphericalHarmonics", "degree": 4} if task == "nerf" else None,
         "rgb_network": _layers("FullyFusedMLP", 64, 2) if task == "nerf" else None,
     }
-    for name in blocks:
-        if isinstance(config.get(name), Mapping):
-            blocks[name] = deepcopy(dict(config[name]))
+    for name in set(blocks) & set(config):
+        if not isinstance(config[name], Mapping):
+            raise ValueError(f"{name} must be a JSON object, got {config[name]!r}")
+        blocks[name] = deepcopy(dict(config[name]))
     blocks["encoding"] |= grid
     _end_at(blocks["encoding"], finest)
     if batch_size is None:
