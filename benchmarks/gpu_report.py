@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -365,16 +367,66 @@ def run_gpu_tests(settings: Settings, _ceilings: dict[str, float]) -> Iterator[R
     yield guarded(settings, {"tests": "pytest -m gpu"}, tests)
 
 
+# Task, source in the folder of real data, quality that a CPU of two cores ends at, seconds
+FITS = (
+    ("image", "image/apollo17_pan_16810x1708.jpg", "psnr", 29.0, 30.0),
+    ("sdf", "sdf/armadillo.obj", "iou", 0.995, 30.0),
+    ("nerf", "nerf/lego", "psnr", 28.0, 60.0),
+)
+
+
 def measure_fits(settings: Settings, _ceilings: dict[str, float]) -> Iterator[Row]:
-    """Time to quality of the offline tasks."""
+    """Quality of the offline tasks, and the training time to what a CPU reaches in minutes."""
+    data = next((folder for folder in data_folders() if folder.is_dir()), None)
 
-    def fit() -> Row:
-        if importlib.util.find_spec("nrc.fit") is None:
-            raise Skipped("nrc.fit is not built yet")
-        raise Skipped("this report does not time nrc.fit yet")
+    def fit(task: str, source: str, quality: str, target: float, seconds: float) -> Row:
+        for package in ("rasterio", "matplotlib", "safetensors", "trimesh", "scipy"):
+            if importlib.util.find_spec(package) is None:
+                raise Skipped(f"{package} is not installed")
+        from nrc.fit import fit as run
 
-    for task in ("image", "SDF", "NeRF"):
-        yield guarded(settings, {"task": task}, fit)
+        with tempfile.TemporaryDirectory() as folder:
+            if settings.quick and task == "nerf":
+                raise Skipped("measuring all views takes minutes on a CPU")
+            if settings.quick:
+                path, seconds = small_source(task, Path(folder)), 1.0
+            elif data is None:
+                raise Skipped("no real data: NRC_DATA is unset")
+            else:
+                path = data / source
+            result = run(
+                task, path, out=Path(folder) / "run", seconds=seconds, device=settings.device, progress=False, say=say
+            )
+            lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        reached = next((line["seconds"] for line in lines if line[quality] >= target), None)
+        return {
+            "source": path.name,
+            "seconds": result["seconds"],
+            "steps": result["steps"],
+            "M samples/s": result["samples_per_second"] / 1e6,
+            quality: result[quality],
+            f"s to {quality} {target}": "not reached" if reached is None else reached,
+        }
+
+    for row in FITS:
+        yield guarded(settings, {"task": row[0]}, partial(fit, *row))
+
+
+def data_folders() -> list[Path]:
+    """Where the folder of real data may be."""
+    named = [Path(os.environ["NRC_DATA"])] if os.environ.get("NRC_DATA") else []
+    return [*named, ROOT / "shared" / "data", ROOT.parent / "shared" / "data"]
+
+
+def small_source(task: str, folder: Path) -> Path:
+    """A picture or a mesh that needs no data."""
+    if task == "image":
+        return ROOT / "docs" / "pictures" / "ajar_room_nrc.png"
+    import trimesh
+
+    path = folder / "ball.ply"
+    trimesh.creation.icosphere(subdivisions=3).export(path)
+    return path
 
 
 SECTIONS: dict[str, Section] = {

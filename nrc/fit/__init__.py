@@ -8,11 +8,12 @@ _PUBLIC = {
     "FitConfig": "nrc.fit.settings",
     "FitError": "nrc.fit.job",
     "evaluate": "nrc.fit.run",
+    "export": "nrc.fit.exports",
     "fit": "nrc.fit.run",
     "fit_image": "nrc.fit.run",
     "fit_nerf": "nrc.fit.run",
     "fit_sdf": "nrc.fit.run",
-    "sweep": "nrc.fit.sweep",
+    "sweep": "nrc.fit.sweeps",
 }
 __all__ = list(_PUBLIC)
 
