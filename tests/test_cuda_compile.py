@@ -17,7 +17,7 @@ import nrc.kernels
 from nrc.cache import CacheConfig
 from nrc.field import Field
 from nrc.field_cuda import MIN_MMA_ARCH, CudaPasses
-from nrc.kernels import grid_cuda, optimizer
+from nrc.kernels import grid_cuda, nerf, optimizer, pixels
 from nrc.kernels.cache import N_INPUTS
 
 ARCHITECTURES = (75, 90)  # the oldest that CUDA 13 compiles for, and the newest data-centre one of the design
@@ -65,6 +65,15 @@ def optimizer_kernels() -> list[wp.Kernel]:
     ]
 
 
+def fit_kernels() -> list[wp.Kernel]:
+    """Factory kernels of the offline fits."""
+    return [
+        pixels.make_draw_pixels(wp.uint8, 3),
+        pixels.make_draw_pixels(wp.float32, 4),
+        nerf.make_composite("Huber"),
+    ]
+
+
 HASH, FREQUENCY = CacheConfig("hash"), CacheConfig("frequency")
 MANY = {
     "otype": "Composite",
@@ -88,6 +97,7 @@ LARGE = (9, 4, MANY, GENERAL, "CrossEntropy")
 
 # Kernels that come from factories: for what cards, and a function that returns them.
 COMPONENTS: dict[str, tuple[tuple[int, ...], Callable[[], list[wp.Kernel]]]] = {
+    "fits": (ARCHITECTURES, fit_kernels),
     "optimizer": (ARCHITECTURES, optimizer_kernels),
     "tile large": ((75,), lambda: field_kernels(*LARGE, mma=False)),
     "tile cache hash": ((90,), lambda: field_kernels(*CACHE_HASH, mma=False, gemm=True)),

@@ -20,7 +20,7 @@ OPTIONAL = ("torch", "mitsuba", "drjit", "pyglet", "imgui_bundle", "pycolmap")
 FORBIDDEN = [
     (("nrc.cache", "nrc.field", "nrc.trainer"), ("nrc.pathtracer", "nrc.scene", "nrc.assets", "nrc.renderer")),
     (("nrc.scene", "nrc.image", "nrc.launch", "nrc.assets"), ("nrc.pathtracer", "nrc.cache", "nrc.renderer")),
-    (("nrc.fit",), ("nrc.pathtracer", "nrc.cache", "nrc.renderer", "nrc.scene")),
+    (("nrc.fit",), ("nrc.pathtracer", "nrc.cache", "nrc.renderer", "nrc.device_scene")),
     (("nrc.launch",), ("nrc.scene", "nrc.image", "nrc.kernels")),
 ]
 # The renderer, and what is built on it

@@ -14,7 +14,9 @@ from nrc.fit.job import FitError, FitJob
 from nrc.launch import prepare
 from nrc.snapshot import load_tensors
 
-TASKS = {"image": "ImageTask", "sdf": "SdfTask", "nerf": "NerfTask"}
+TASKS = {"image": "ImageTask", "sdf": "SdfTask", "nerf": "NerfTask", "acorn": "AcornTask"}  # by their modules here
+KINDS = ("image", "sdf", "nerf")
+SNAPSHOT_KINDS = ("nrc.field", "nrc.nerf", "nrc.acorn")
 DEFAULT_SECONDS = {"image": 60.0, "sdf": 120.0, "nerf": 900.0}
 
 
@@ -62,7 +64,8 @@ def fit(
         progress: Show a progress bar where standard error is a terminal.
         say: Receives lines about warnings and results; standard error by default.
         settings: Of the task: `seed`, `device`, `encoding`, `config`, `grid`, `batch_size` as `make_config` in
-            `nrc.fit.settings` describes them, and those of `ImageTask`, `SdfTask` or `NerfTask` alone.
+            `nrc.fit.settings` describes them, and those of `ImageTask`, `SdfTask` or `NerfTask` alone. An image's
+            encoding may also be "acorn": `AcornTask`.
 
     Returns:
         What `nrc fit --json` prints: `psnr`, `ssim`, `iou`, `chamfer` where they apply, `seconds`, `steps`, `n_params`,
@@ -71,11 +74,13 @@ def fit(
     Raises:
         ValueError: A source, setting or checkpoint that cannot be used; the message names file and field.
     """
-    one_of(kind, tuple(TASKS), "kind of fit")
+    one_of(kind, KINDS, "kind of fit")
     say = say or _say
     if steps is None and seconds is None:
         seconds = DEFAULT_SECONDS[kind]
     source = Path(source)
+    if kind == "image" and settings.get("encoding") == "acorn":
+        kind = settings.pop("encoding")
     task = getattr(import_module(f"nrc.fit.{kind}"), TASKS[kind])(source, **settings)
     for warning in task.warnings:
         say(f"warning: {warning}")
@@ -105,7 +110,7 @@ def evaluate(
         ValueError: A snapshot or source that cannot be used; the message names file and field.
     """
     path = Path(snapshot)
-    _, config = load_tensors(path, kind=("nrc.field", "nrc.nerf"))
+    _, config = load_tensors(path, kind=SNAPSHOT_KINDS)
     entry = config.get("fit")
     if not isinstance(entry, dict) or entry.get("kind") not in TASKS:
         raise FitError(f"{path}: fit: the snapshot holds a field that no fit wrote, nothing to compare it with")
