@@ -132,10 +132,12 @@ class CpuPasses:
         grids = {f"grid {i}": kernel for i, kernel in enumerate(self._encode_grids)}
         return grids | {"inference" if self.network else "encoding": self._evaluate}
 
-    def training_kernels(self, loss: str) -> dict[str, wp.Kernel]:
-        """Kernels of `backpropagate` with a loss by name, for `nrc.launch.prepare`."""
+    def training_kernels(self, loss: str | None, *, input_gradient: bool = False) -> dict[str, wp.Kernel]:
+        """Kernels of `backpropagate` by name, for `nrc.launch.prepare`; with the inputs' gradient, of that as well."""
         assert self.network is not None
-        return {"backpropagation": network_wide.make_backpropagate_wide(self.encoding, self.network, loss, False)}
+        make = network_wide.make_backpropagate_wide
+        kernels = {"backpropagation": make(self.encoding, self.network, loss, input_gradient)}
+        return kernels | ({"input gradient": self.input_gradient_kernel} if input_gradient else {})
 
     def _read_grids(
         self, params: wp.array, row: int, n_rows: int, count: wp.array | None, x: wp.array, out: wp.array

@@ -198,11 +198,14 @@ class CudaPasses:
             return {"encoding": self._evaluate}
         return {"weight packing": self._pack, "inference": self._evaluate}
 
-    def training_kernels(self, loss: str | None) -> dict[str, wp.Kernel]:
-        """Kernels of `backpropagate` and `accumulate_grids` by name, for `nrc.launch.prepare`."""
-        kernels = {}
+    def training_kernels(self, loss: str | None, *, input_gradient: bool = False) -> dict[str, wp.Kernel]:
+        """Kernels of `backpropagate` and `accumulate_grids` by name, for `nrc.launch.prepare`.
+
+        With `input_gradient`, also the one that carries the gradient on to the inputs.
+        """
+        kernels = {"input gradient": self.input_gradient_kernel} if input_gradient else {}
         if self.network:
-            kernels = {"backpropagation": self._backpropagate_kernel(loss), "weight gradient": self._accumulate}
+            kernels |= {"backpropagation": self._backpropagate_kernel(loss), "weight gradient": self._accumulate}
         for i, part in enumerate(self.encoding.grids):
             kernels[f"grid gradient {i}"] = grid_cuda.make_accumulate_grid_cuda(
                 self.encoding, part, self.dtype, self.table_dtype
