@@ -203,7 +203,6 @@ def test_task_learns_and_snapshot_repeats_its_measures(picture, tmp_path):
     task.save(path, {"seconds": 1.0, "steps": 400})
     again = evaluate_snapshot(path, device="cpu")
     assert again["psnr"] == measured["psnr"] and again["ssim"] == measured["ssim"]
-    assert (again["n_params"], again["steps"]) == (task.n_params, 400)
     assert set(task.pictures(tmp_path)) == {"reconstruction", "error"}
     state = task.state()
     with pytest.raises(SnapshotError, match="partition"):

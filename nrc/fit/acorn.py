@@ -407,7 +407,7 @@ class AcornTask(ImageTask):
         self.model.set_tree(self.tree)
         self.n_steps = n_steps
 
-    def save(self, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], training: Mapping[str, Any]) -> None:
         """Write the snapshot: blocks, weights and what they show; `training` says what is behind it."""
         arrays = self.model.arrays()
         tensors = {name: arrays[name].numpy() for name in WEIGHTS} | {"blocks": self.tree.blocks}
@@ -421,9 +421,8 @@ class AcornTask(ImageTask):
             "n_channels": self.source.n_channels,
             "dtype": self.fitted.dtype.name,
             "config": self.config.as_dict(),
-            "steps": self.n_steps,
         }
-        save_tensors(path, tensors, {"fit": fit | dict(training or {})}, kind=SNAPSHOT_KIND)
+        save_tensors(path, tensors, {"fit": fit | dict(training)}, kind=SNAPSHOT_KIND)
         self._snapshot_bytes = Path(path).stat().st_size
 
     def kernels(self) -> dict[str, wp.Kernel]:
@@ -474,7 +473,6 @@ def evaluate_snapshot(
         tree, model = _make_model(width, height, n_channels, settings, 0, resolve_device(device))
         dtype = np.dtype(fit["dtype"]).name
         pixels_path = fit["source"] if source is None else source
-        known = {name: fit[name] for name in ("kind", "seconds", "steps") if name in fit}
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{path}: fit: not the snapshot of an ACORN image ({error})") from error
     _load_blocks(path, tensors, tree)
@@ -483,7 +481,7 @@ def evaluate_snapshot(
     pixels = PixelSource(pixels_path)
     measures = measure(FittedImage(cast(Any, model), width, height, dtype), pixels)
     sizes = {"snapshot_bytes": Path(path).stat().st_size, "source_bytes": pixels.n_bytes}
-    return known | {"n_params": model.n_params} | measures | sizes
+    return measures | sizes
 
 
 def _make_model(

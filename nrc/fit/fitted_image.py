@@ -234,9 +234,9 @@ def load_fit(path: str | os.PathLike[str], device: Any = None) -> tuple[FittedIm
     fit = config.get("fit")
     if not isinstance(fit, dict) or fit.get("kind") != "image":
         raise SnapshotError(f"{path}: fit: not the snapshot of an image")
-    for name, kinds, least in (("width", int, 1), ("height", int, 1), ("steps", int, 0), ("seconds", int | float, 0)):
-        if not isinstance(fit.get(name), kinds) or isinstance(fit[name], bool) or fit[name] < least:
-            raise SnapshotError(f"{path}: fit: {name} must be a number of at least {least}, got {fit.get(name)!r}")
+    for name in ("width", "height"):
+        if not isinstance(fit.get(name), int) or isinstance(fit[name], bool) or fit[name] < 1:
+            raise SnapshotError(f"{path}: fit: {name} must be a positive whole number, got {fit.get(name)!r}")
     if not isinstance(fit.get("source"), str) or fit.get("dtype") not in ("uint8", "uint16", "float32"):
         raise SnapshotError(f"{path}: fit: source or dtype is missing or wrong")
     field = Field.load(path, device)

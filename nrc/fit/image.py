@@ -221,7 +221,7 @@ class ImageTask:
     def save(self, path: str | os.PathLike[str], training: Mapping[str, Any]) -> None:
         """Write the snapshot: parameters (their moving average where there is one) as float32, and what they show.
 
-        `training` says how many `seconds` and `steps` are behind it.
+        `training`, which says what is behind it, becomes part of the entry `fit`.
 
         `nrc.Field.load` reads the field in it, `FittedImage.load` the image. Raises SnapshotError.
         """
@@ -275,10 +275,8 @@ def evaluate_snapshot(
     """
     fitted, fit = load_fit(path, device)
     pixels = PixelSource(fit["source"] if source is None else source)
-    result: dict[str, Any] = {"kind": "image", "n_params": fitted.field.n_params}
-    result |= {name: fit[name] for name in ("seconds", "steps")}
-    result |= measure(fitted, pixels)
-    return result | {"snapshot_bytes": Path(path).stat().st_size, "source_bytes": pixels.n_bytes}
+    sizes = {"snapshot_bytes": Path(path).stat().st_size, "source_bytes": pixels.n_bytes}
+    return measure(fitted, pixels) | sizes
 
 
 def _make_strata(seed: int, first_row: int, n_rows: int, window: tuple[int, int, int, int]) -> Any:

@@ -88,7 +88,7 @@ class Task(Protocol):
         ...
 
     def save(self, path: Path, training: dict[str, Any]) -> None:
-        """Write the snapshot; `training` says how many `seconds` and `steps` are behind it."""
+        """Write the snapshot, with `training` (seconds, steps, n_params) in its entry `fit`."""
         ...
 
     def pictures(self, folder: Path) -> dict[str, Path]:
@@ -187,7 +187,7 @@ class FitJob:
                     saved = time.perf_counter()
             self.interrupted = stopped()
         self.save()
-        task.save(self.snapshot, {"seconds": self.seconds, "steps": task.n_steps})
+        task.save(self.snapshot, {"seconds": self.seconds, "steps": task.n_steps, "n_params": task.n_params})
         draw_curve(self.out / "curve.png", self._metrics)
 
     def is_spent(self, steps: int | None, seconds: float | None) -> bool:

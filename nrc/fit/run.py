@@ -114,7 +114,9 @@ def evaluate(
     entry = config.get("fit")
     if not isinstance(entry, dict) or entry.get("kind") not in TASKS:
         raise FitError(f"{path}: fit: the snapshot holds a field that no fit wrote, nothing to compare it with")
-    return import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
+    measures = import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
+    training = {name: entry.get(name) for name in ("seconds", "steps", "n_params")}
+    return {"kind": entry["kind"], "snapshot": str(path), **training, **measures}
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,223 @@
+"""`nrc fit`, `nrc eval`, `nrc export` and `nrc sweep`: what they print and write, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+from small_views import write_sphere_views
+
+import nrc
+from nrc import cli, launch
+from nrc.fit import sdf
+from nrc.image import read_image, read_layers
+
+SMALL = {
+    "encoding": {"otype": "HashGrid", "n_levels": 6, "log2_hashmap_size": 12, "base_resolution": 8},
+    "network": {"otype": "FullyFusedMLP", "n_neurons": 32, "n_hidden_layers": 1},
+    "rgb_network": {"otype": "FullyFusedMLP", "n_neurons": 32, "n_hidden_layers": 1},
+    "batch_size": 2048,
+}
+RAW_DISTANCE = {**SMALL, "optimizer": {"otype": "Adam", "learning_rate": 1e-2}}
+CPU = ["--device", "cpu"]
+ALL_KEYS = {"seconds", "steps", "n_params"}
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    """Run in an empty folder; leave the number of threads as it was."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    launch.set_threads(0)
+
+
+def run(capsys, *arguments: object, code: int = 0) -> dict:
+    """Run the command with --json; the last line of standard output."""
+    capsys.readouterr()
+    assert cli.main([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Run a command that must end with exit code 2, one line of explanation and nothing written."""
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    device = [] if "--device" in arguments else CPU
+    assert cli.main([*map(str, arguments), *device]) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith(("compil", "nrc: warning"))]
+    assert printed.out == "" and len(lines) == 1 and lines[0].startswith("nrc: ")
+    assert sorted(Path().rglob("*")) == before
+    return lines[0]
+
+
+def write_picture(path: str, width: int = 48, height: int = 32) -> None:
+    v, u = np.mgrid[0:height, 0:width]
+    Image.fromarray(np.stack([5 * u, 7 * v, 120 + 0 * u], axis=-1).astype(np.uint8)).save(path)
+
+
+def write_config(name: str = "small.json", config: dict | None = None) -> list[str]:
+    Path(name).write_text(json.dumps(config or SMALL))
+    return ["--config", name, *CPU]
+
+
+def test_image_is_fitted_evaluated_and_exported(capsys):
+    """All three commands agree with each other about a small picture."""
+    write_picture("p.png")
+    fitted = run(capsys, "fit", "image", "p.png", "--steps", 300, *write_config())
+    assert fitted["out"] == "p_fit" and fitted["steps"] == 300 and fitted["psnr"] > 30.0
+    assert json.loads(Path("p_fit/result.json").read_text()) == fitted
+    snapshot = Path("p_fit/snapshot.safetensors")
+    again = run(capsys, "eval", snapshot, *CPU)
+    for key in ALL_KEYS | {"psnr", "ssim"}:
+        assert again[key] == fitted[key]
+    run(capsys, "export", snapshot, "--region", 10, 4, 30, 20, "--out", "crop.png", *CPU)
+    whole = read_image(fitted["pictures"]["reconstruction"])
+    np.testing.assert_array_equal(read_image("crop.png"), whole[4:20, 10:30])
+    run(capsys, "export", snapshot, "--zoom", 2, "--out", "large.exr", *CPU)
+    assert read_image("large.exr").shape == (64, 96, 3)
+    more = run(capsys, "fit", "image", "p.png", "--steps", 310, "--resume", *write_config())
+    assert more["steps"] == 310 and more["seconds"] > fitted["seconds"]
+
+
+def test_mesh_is_fitted_evaluated_and_exported(capsys, monkeypatch):
+    """A ball's distance; its mesh comes back in the file's own units."""
+    monkeypatch.setattr(sdf, "N_EVALUATE", 1 << 15)
+    monkeypatch.setattr(sdf, "RESOLUTION", 64)
+    trimesh.creation.icosphere(subdivisions=3, radius=5.0).apply_translation([10.0, 0.0, 0.0]).export("ball.ply")
+    fitted = run(capsys, "fit", "sdf", "ball.ply", "--steps", 400, *write_config(config=RAW_DISTANCE))
+    assert fitted["iou"] > 0.95
+    snapshot = Path("ball_fit/snapshot.safetensors")
+    again = run(capsys, "eval", snapshot, *CPU)
+    for key in ALL_KEYS | {"iou", "chamfer"}:
+        assert again[key] == fitted[key]
+    result = run(capsys, "export", snapshot, "--resolution", 40, "--out", "again.obj", *CPU)
+    mesh = trimesh.load("again.obj")
+    assert result["triangles"] == len(mesh.faces) > 1000
+    np.testing.assert_allclose(mesh.bounds, [[5.0, -5.0, -5.0], [15.0, 5.0, 5.0]], atol=0.3)
+    run(capsys, "export", snapshot, "--out", "ball.png", *CPU)
+    assert read_image("ball.png").std() > 10.0
+
+
+def test_views_are_fitted_evaluated_and_exported(capsys):
+    """A sphere from photographs: metrics, a view with depth, frames along a path, a mesh in the data's world."""
+    Path("views").mkdir()
+    write_sphere_views(Path("views"))
+    fitted = run(capsys, "fit", "nerf", "views", "--steps", 200, *write_config())
+    assert fitted["psnr"] > 18.0 and fitted["psnr_black"] > 18.0 and len(fitted["images"]) == 2
+    snapshot = Path("views_fit/snapshot.safetensors")
+    again = run(capsys, "eval", snapshot, *CPU)
+    for key in ALL_KEYS | {"psnr", "psnr_black", "ssim"}:
+        assert again[key] == fitted[key]
+    run(capsys, "export", snapshot, "--view", 1, "--out", "view.exr", *CPU)
+    layers = read_layers("view.exr")
+    assert layers["color"].shape == (32, 32, 4) and layers["depth"].max() > 0.5
+    frames = json.loads(Path("views/transforms_test.json").read_text())["frames"]
+    Path("keys.json").write_text(json.dumps([{"transform_matrix": f["transform_matrix"]} for f in frames]))
+    arguments = ["--camera-path", "keys.json", "--frames", 3, "--width", 20, "--height", 16, "--out", "frames"]
+    assert run(capsys, "export", snapshot, *arguments, *CPU)["frames"] == 3
+    assert read_image("frames/frame_0002.png").shape == (16, 20, 3)
+    run(capsys, "export", snapshot, "--resolution", 48, "--out", "sphere.glb", *CPU)
+    radii = np.linalg.norm(trimesh.load("sphere.glb", force="mesh").vertices, axis=1)  # with shells inside
+    assert len(radii) > 100 and abs(np.quantile(radii, 0.99) - 1.0) < 0.3
+
+
+def test_adaptive_blocks_are_an_encoding_of_images(capsys):
+    """--encoding acorn fits, resumes and evaluates as the others do."""
+    write_picture("p.png")
+    fitted = run(capsys, "fit", "image", "p.png", "--encoding", "acorn", "--steps", 3, "--batch-size", 1024, *CPU)
+    again = run(capsys, "eval", "p_fit/snapshot.safetensors", *CPU)
+    for key in ALL_KEYS | {"psnr", "ssim"}:
+        assert again[key] == fitted[key]
+
+
+def test_sweep_writes_a_table(capsys):
+    """Every combination is a row."""
+    write_picture("p.png")
+    config = {"network": SMALL["network"], "batch_size": 512}
+    arguments = ["--log2-hashmap-size", 8, 10, "--n-levels", 2, 4, "--steps", 5]
+    result = run(capsys, "sweep", "image", "p.png", *arguments, *write_config(config=config))
+    assert [(row["log2_hashmap_size"], row["n_levels"]) for row in result["rows"]] == [(8, 2), (8, 4), (10, 2), (10, 4)]
+    assert Path("p_sweep/table.csv").is_file() and Path("p_sweep/plot.png").is_file()
+
+
+def broken_views(**frame: object) -> None:
+    Path("views").mkdir()
+    Path("views/a.png").write_bytes(b"")
+    write_picture("views/a.png")
+    entry = {"file_path": "a.png", "transform_matrix": np.eye(4).tolist(), **frame}
+    Path("views/transforms.json").write_text(json.dumps({"camera_angle_x": 0.7, "frames": [entry, entry]}))
+
+
+def truncated_picture() -> None:
+    write_picture("whole.png", 300, 200)
+    Path("p.png").write_bytes(Path("whole.png").read_bytes()[:600])
+
+
+def nan_picture() -> None:
+    from nrc.image import write_image
+
+    image = np.ones((8, 8, 3), np.float32)
+    image[2, 3, 1] = np.nan
+    write_image("p.exr", image)
+
+
+BAD_INPUT = {
+    "no image": (lambda: None, ["image", "p.png"], ["p.png", "No such file"]),
+    "truncated PNG": (truncated_picture, ["image", "p.png"], ["p.png"]),
+    "NaN pixels": (nan_picture, ["image", "p.exr"], ["p.exr", "finite"]),
+    "not an image": (lambda: Path("p.png").write_text("hello"), ["image", "p.png"], ["p.png"]),
+    "no mesh": (lambda: None, ["sdf", "m.obj"], ["m.obj", "No such file"]),
+    "empty mesh": (lambda: Path("m.obj").write_text("v 0 0 0\n"), ["sdf", "m.obj"], ["m.obj", "no triangles"]),
+    "degenerate triangles": (
+        lambda: Path("m.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\nf 1 1 2\n"),
+        ["sdf", "m.obj"],
+        ["m.obj", "degenerate"],
+    ),
+    "flat mesh": (
+        lambda: Path("m.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"),
+        ["sdf", "m.obj"],
+        ["m.obj", "encloses nothing"],
+    ),
+    "no views": (lambda: None, ["nerf", "views"], ["views", "no such file or folder"]),
+    "missing images": (lambda: broken_views(file_path="b.png"), ["nerf", "views"], ["transforms.json", "none of"]),
+    "singular camera": (
+        lambda: broken_views(transform_matrix=np.zeros((4, 4)).tolist()),
+        ["nerf", "views"],
+        ["transforms.json", "frames[0]"],
+    ),
+    "wrong JSON type": (lambda: broken_views(transform_matrix="eye"), ["nerf", "views"], ["transform_matrix"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line(capsys, case):
+    """Exit code 2, one line that names the file and what is wrong with it, nothing written."""
+    prepare, arguments, named = BAD_INPUT[case]
+    prepare()
+    line = refused(capsys, "fit", *arguments, "--steps", 1)
+    assert all(word in line for word in named), line
+
+
+def test_options_that_do_not_fit_are_one_line(capsys):
+    """A configuration of wrong types, a snapshot that no fit wrote, an option of another kind of fit."""
+    write_picture("p.png")
+    Path("bad.json").write_text('{"encoding": {"otype": "HashGrid", "n_levels": "many"}}')
+    assert "n_levels" in refused(capsys, "fit", "image", "p.png", "--config", "bad.json", "--steps", 1)
+    Path("bad.json").write_text('{"encoding": ')
+    assert "bad.json: line 1" in refused(capsys, "fit", "image", "p.png", "--config", "bad.json", "--steps", 1)
+    assert "cuda:77" in refused(capsys, "fit", "image", "p.png", "--steps", 1, "--device", "cuda:77")
+    assert "missing.safetensors" in refused(capsys, "eval", "missing.safetensors")
+    field = nrc.Field(2, 3, SMALL["encoding"], SMALL["network"], device="cpu")
+    field.save("field.safetensors")
+    assert "no fit wrote" in refused(capsys, "eval", "field.safetensors")
+    run(capsys, "fit", "image", "p.png", "--steps", 1, *write_config())
+    line = refused(capsys, "export", "p_fit/snapshot.safetensors", "--resolution", 3, "--out", "x.ply")
+    assert "resolution does not apply" in line
+    assert "inside 48x32" in refused(
+        capsys, "export", "p_fit/snapshot.safetensors", "--region", 0, 0, 99, 9, "--out", "x.png"
+    )
