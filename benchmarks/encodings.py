@@ -6,8 +6,8 @@
 
 `none` and `frequency` have NeRF's 8 x 256 network, the grids the task's own; `dense` is one level of 128 vertices a
 side with 16 features, `dense-multi` 8 levels from 16 to 173 (in two dimensions as many entries), `hash-N` 16 levels
-of tables of at most 2^N entries. Images also have `acorn`, the adaptive blocks of Martel et al. 2021. On a CPU
-the batch of `acorn` is half the others' unless `--batch-size` says otherwise.
+of tables of at most 2^N entries. Images also have `acorn`, the adaptive blocks of Martel et al. 2021, whose batch is
+half the others' unless `--batch-size` says otherwise.
 """
 
 import argparse

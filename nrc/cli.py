@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # SceneError, ImageError, CheckpointError and UsageError are ValueErrors
         print(f"nrc: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"nrc: not enough memory for this{f' ({error})' if str(error) else ''}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("nrc: interrupted", file=sys.stderr)
         return 130

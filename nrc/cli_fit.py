@@ -8,8 +8,8 @@ from typing import Any
 
 from nrc.cli_arguments import add_device, positive_float, positive_int, say, use_threads
 from nrc.config import load_config
+from nrc.fit.settings import ENCODINGS, ignored_blocks
 
-ENCODINGS = ("hash", "none", "frequency", "dense", "dense-multi")
 SHOWN = {"psnr": "dB", "psnr_black": "dB", "ssim": "", "iou": "", "chamfer": ""}
 
 
@@ -159,8 +159,6 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from nrc.fit.settings import ignored_blocks
-
     config = load_config(path)
     ignored = ignored_blocks(config)
     if ignored:

@@ -17,7 +17,10 @@ def write_atomically(path: Path, write: Callable[[Path], object], error: type[Va
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the process asks for; some writers make private files
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # or a power failure could leave the new name on an empty file
         os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .gradients import Gradients
 from .kernels import optimizer as opt
 from .kernels import optimizer_wide
 from .launch import heavy_range, launch, threads
+from .snapshot import SnapshotError, check_finite, take_tensor
 
 
 class Optimizer:
@@ -274,6 +276,29 @@ class Optimizer:
         if self.config.ema_decay is not None:
             kernels["moving average"] = self._debias_tables
         return kernels
+
+
+def restore(path: str | PathLike[str], state: Mapping[str, np.ndarray], arrays: Mapping[str, wp.array]) -> None:
+    """Fill arrays that training changes, `state_arrays` of optimizers among them, from the state in the file `path`.
+
+    Raises:
+        SnapshotError: A name is missing, shapes or types differ, numbers are not finite or counts impossible. Then
+            nothing is changed.
+    """
+    taken = {}
+    for name, array in arrays.items():
+        like = array.numpy()  # vectors as one more dimension
+        values = taken[name] = take_tensor(path, state, name, like.shape, like.dtype)
+        if like.dtype.kind == "f":
+            check_finite(path, name, values)
+        elif (values < 0).any():
+            raise SnapshotError(f"{path}: {name} has negative counts")
+    for name in taken:  # the moving average of an optimizer reads what lies as many steps back
+        prefix, is_stamps, _ = name.partition("stamps")
+        if is_stamps and (taken[name] > taken[f"{prefix}counters"][opt.N_STEPS]).any():
+            raise SnapshotError(f"{path}: {name} has steps beyond those taken")
+    for name, array in arrays.items():
+        array.assign(taken[name])
 
 
 def _bias_correction(config: opt.OptimizerConfig) -> np.ndarray:

@@ -7,16 +7,14 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import warp as wp
 
 from .arrays import as_count, as_rows, as_values
 from .config import parse_loss
 from .field import SNAPSHOT_KIND, Field, check_same_field
-from .kernels import optimizer as opt
 from .kernels.loss import check_loss
-from .optimizer import Optimizer
-from .snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
+from .optimizer import Optimizer, restore
+from .snapshot import SnapshotError, check_finite, load_tensors, save_tensors
 
 OPTIMIZER_PREFIX = "optimizer."  # of the names of the state's arrays in a snapshot
 # Settings of an optimizer that may change when training goes on; the others are what its state means.
@@ -130,20 +128,7 @@ class Trainer:
                     f"{path}: optimizer: {name} is {theirs[name]} in the file, {mine[name]} in the trainer"
                 )
         arrays = self.optimizer.state_arrays()
-        restored = {}
-        for name, array in arrays.items():
-            key = name if name == "params" else OPTIMIZER_PREFIX + name
-            restored[name] = take_tensor(path, tensors, key, array.shape, wp.dtype_to_numpy(array.dtype))
-        for name, values in restored.items():
-            if values.dtype == np.float32:
-                check_finite(path, name, values)
-        n_steps = restored["counters"][opt.N_STEPS]
-        if (restored["counters"] < 0).any():
-            raise SnapshotError(f"{path}: {OPTIMIZER_PREFIX}counters has negative counts")
-        if "stamps" in restored and ((restored["stamps"] < 0) | (restored["stamps"] > n_steps)).any():
-            raise SnapshotError(f"{path}: {OPTIMIZER_PREFIX}stamps has steps beyond the {n_steps} taken")
-        for name, array in arrays.items():
-            array.assign(restored[name])
+        restore(path, tensors, {OPTIMIZER_PREFIX * (name != "params") + name: a for name, a in arrays.items()})
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels by name, for `nrc.launch.prepare`."""

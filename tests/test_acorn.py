@@ -224,6 +224,15 @@ def test_wrong_settings_are_named(device, encoding, message):
         acorn_config(device, {"encoding": encoding})
 
 
+def test_wrong_blocks_are_named(device):
+    """A batch size of the wrong type, and optimizers that the last layer of the encoder has no step of."""
+    with pytest.raises(ValueError, match="batch_size must be a positive whole number, got 'x'"):
+        acorn_config(device, {"batch_size": "x"})
+    for optimizer in ({"otype": "SGD"}, {"otype": "Ema", "decay": 0.9, "nested": {"otype": "Adam"}}):
+        with pytest.raises(ValueError, match="must be Adam, without a moving average"):
+            acorn_config(device, {"optimizer": optimizer})
+
+
 def test_missing_file_is_an_image_error(tmp_path):
     """No file, one clear error."""
     with pytest.raises(ImageError, match=r"none\.png"):

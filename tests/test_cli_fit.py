@@ -13,8 +13,9 @@ from small_views import write_sphere_views
 
 import nrc
 from nrc import cli, launch
-from nrc.fit import sdf
+from nrc.fit import FitError, fit_image, sdf
 from nrc.image import read_image, read_layers
+from nrc.snapshot import save_tensors
 
 SMALL = {
     "encoding": {"otype": "HashGrid", "n_levels": 6, "log2_hashmap_size": 12, "base_resolution": 8},
@@ -86,8 +87,8 @@ def test_image_is_fitted_evaluated_and_exported(capsys):
 
 def test_mesh_is_fitted_evaluated_and_exported(capsys, monkeypatch):
     """A ball's distance; its mesh comes back in the file's own units."""
-    monkeypatch.setattr(sdf, "N_EVALUATE", 1 << 15)
-    monkeypatch.setattr(sdf, "RESOLUTION", 64)
+    for name, small in (("N_EVALUATE", 1 << 15), ("N_COMPARED", 1 << 12), ("RESOLUTION", 64), ("PICTURE_SIZE", 100)):
+        monkeypatch.setattr(sdf, name, small)
     trimesh.creation.icosphere(subdivisions=3, radius=5.0).apply_translation([10.0, 0.0, 0.0]).export("ball.ply")
     fitted = run(capsys, "fit", "sdf", "ball.ply", "--steps", 400, *write_config(config=RAW_DISTANCE))
     assert fitted["iou"] > 0.95
@@ -107,7 +108,7 @@ def test_views_are_fitted_evaluated_and_exported(capsys):
     """A sphere from photographs: metrics, a view with depth, frames along a path, a mesh in the data's world."""
     Path("views").mkdir()
     write_sphere_views(Path("views"))
-    fitted = run(capsys, "fit", "nerf", "views", "--steps", 200, *write_config())
+    fitted = run(capsys, "fit", "nerf", "views", "--steps", 300, "--batch-size", 8192, *write_config())
     assert fitted["psnr"] > 18.0 and fitted["psnr_black"] > 18.0 and len(fitted["images"]) == 2
     snapshot = Path("views_fit/snapshot.safetensors")
     again = run(capsys, "eval", snapshot, *CPU)
@@ -133,6 +134,8 @@ def test_adaptive_blocks_are_an_encoding_of_images(capsys):
     again = run(capsys, "eval", "p_fit/snapshot.safetensors", *CPU)
     for key in ALL_KEYS | {"psnr", "ssim"}:
         assert again[key] == fitted[key]
+    line = refused(capsys, "export", "p_fit/snapshot.safetensors", "--out", "x.png")
+    assert "not a snapshot that can be exported, but of 'acorn'" in line
 
 
 def test_sweep_writes_a_table(capsys):
@@ -221,3 +224,31 @@ def test_options_that_do_not_fit_are_one_line(capsys):
     assert "inside 48x32" in refused(
         capsys, "export", "p_fit/snapshot.safetensors", "--region", 0, 0, 99, 9, "--out", "x.png"
     )
+    assert "seed must not be negative" in refused(capsys, "fit", "image", "p.png", "--steps", 1, "--seed", -1)
+    with pytest.raises(FitError, match="downscale does not apply to a fit of kind image"):
+        fit_image("p.png", downscale=2)
+    Path("bad.json").write_text('{"encoding": {"otype": "HashGrid", "base_resolution": 0}}')
+    assert "base_resolution" in refused(capsys, "fit", "image", "p.png", "--config", "bad.json", "--steps", 1)
+
+
+@pytest.mark.parametrize("name", ["kind", "lower", "upper", "offset", "scale", "source", "seed", "sha256"])
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, -1.0, [[0.0], [0.0], [0.0]], [1e30, 0.0, 0.0]])
+def test_crafted_distance_is_refused(capsys, name, value):
+    """A snapshot whose entry `fit` has a wrong type or no mesh's numbers is one line for both commands."""
+    if (name, value) == ("offset", [1e30, 0.0, 0.0]):
+        value = [1.0, 2.0]
+    fit = {"kind": "sdf", "source": "m.obj", "sha256": "", "seed": 1, "scale": 1.0, "offset": [0.0, 0.0, 0.0]}
+    fit |= {"lower": [0.25, 0.25, 0.25], "upper": [0.75, 0.75, 0.75], name: value}
+    field = nrc.Field(3, 1, SMALL["encoding"], SMALL["network"], device="cpu")
+    save_tensors("s.safetensors", {"params": field.params.numpy()}, field.config() | {"fit": fit}, kind="nrc.field")
+    for arguments in (["eval"], ["export", "--out", "m.ply"]):
+        assert "s.safetensors: fit: " in refused(capsys, arguments[0], "s.safetensors", *arguments[1:])
+
+
+def test_sixteen_bits_are_exported_as_floats(capsys):
+    """A fit of 16-bit values goes into EXR without a detour over 8 bits."""
+    ramp = np.linspace(0.0, 65535.0, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save("p.png")
+    run(capsys, "fit", "image", "p.png", "--steps", 50, *write_config())
+    run(capsys, "export", "p_fit/snapshot.safetensors", "--out", "p.exr", *CPU)
+    assert len(np.unique(read_image("p.exr"))) > 1000

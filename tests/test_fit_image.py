@@ -369,11 +369,12 @@ def test_zoom_reads_between_and_averages(trained: ImageTask) -> None:
         ((0, 0, 2), 1.0),
         (None, 0.0),
         (None, math.nan),
+        (None, 1e7),
     ],
 )
 def test_impossible_crops_are_refused(trained: ImageTask, region: tuple, zoom: float) -> None:
-    """Empty, outside or fractional regions and zooms that are not positive raise ImageError."""
-    with pytest.raises(ImageError, match="region must be" if region else "zoom must be"):
+    """Empty, outside or fractional regions, zooms not positive, and pictures beyond memory raise ImageError."""
+    with pytest.raises(ImageError, match="region must be" if region else "zoom must be|not fit into memory"):
         trained.fitted.reconstruct(region, zoom)
 
 
@@ -448,6 +449,18 @@ def test_resumed_run_equals_the_uninterrupted_one(png: Path) -> None:
     assert straight.identity() == second.identity()
 
 
+def test_fitted_follows_training(png: Path) -> None:
+    """After measuring and more steps the picture is that of the newest average, not of the one measured."""
+    task = small_task(png, config={"optimizer": EMA})
+    task.step()
+    task.evaluate()
+    for _ in range(20):
+        task.step()
+    shown = np.concatenate([values for _, values in task.fitted.strips()])
+    task.evaluate()
+    np.testing.assert_array_equal(np.concatenate([values for _, values in task.fitted.strips()]), shown)
+
+
 EMA = {"otype": "Ema", "decay": 0.95, "nested": {"otype": "Adam", "learning_rate": 1e-2}}
 
 
@@ -499,6 +512,20 @@ def test_focus_draws_nine_in_ten_samples_from_its_region(png: Path) -> None:
     plain.step()
     task.step()
     np.testing.assert_array_equal(task._x.numpy(), plain._x.numpy())
+
+
+@pytest.mark.parametrize("region", [(10, 20, 45, 40), (3, 4, 4, 5)])
+def test_small_focus_draws_its_pixels_equally_often(png: Path, region: tuple[int, int, int, int]) -> None:
+    """Where a region has fewer pixels than its share has rows, no pixel comes twice more often than another."""
+    task = small_task(png)
+    task.focus = x0, y0, x1, y1 = region
+    counts: Counter = Counter()
+    for _ in range(5):
+        task.step()
+        x, y = np.rint(task._x.numpy()[: round(0.9 * 1024)] * 90 - 0.5).astype(int).T
+        counts.update(zip(x.tolist(), y.tolist(), strict=True))
+    assert set(counts) == {(x, y) for x in range(x0, x1) for y in range(y0, y1)}
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_focus_sharpens_its_region() -> None:

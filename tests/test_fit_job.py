@@ -14,9 +14,10 @@ import warp as wp
 
 from nrc.field import Field
 from nrc.fit import FitError
-from nrc.fit.job import FitJob
+from nrc.fit.job import TASK_STEPS, FitJob, steps_of
 from nrc.fit.settings import make_config
-from nrc.snapshot import SnapshotError, load_tensors, take_tensor
+from nrc.optimizer import restore
+from nrc.snapshot import SnapshotError, load_tensors, save_tensors
 from nrc.trainer import Trainer
 
 CPU = "cpu"
@@ -62,12 +63,11 @@ class WaveTask:
 
     def state(self):
         arrays = {name: array.numpy() for name, array in self.trainer.optimizer.state_arrays().items()}
-        return arrays | {"n_steps": np.array([self.n_steps])}
+        return arrays | {TASK_STEPS: np.array([self.n_steps])}
 
     def load_state(self, path, state):
-        for name, array in self.trainer.optimizer.state_arrays().items():
-            array.assign(take_tensor(path, state, name, array.shape, wp.dtype_to_numpy(array.dtype)))
-        self.n_steps = int(take_tensor(path, state, "n_steps")[0])
+        restore(path, state, self.trainer.optimizer.state_arrays())
+        self.n_steps = steps_of(path, state)
 
     def save(self, path, training):
         self.training = training
@@ -90,7 +90,11 @@ def test_run_leaves_metrics_curve_snapshot_and_result(tmp_path):
     job = FitJob(task, tmp_path / "new" / "run")
     job.run(steps=40, seconds=None, progress=False)
     result = job.finish()
-    assert task.n_steps == 40 and task.training == {"seconds": job.seconds, "steps": 40}
+    assert task.n_steps == 40 and task.training == {
+        "seconds": job.seconds,
+        "steps": 40,
+        "n_params": task.n_params,
+    }
     lines = lines_of(job.out / "metrics.jsonl")
     assert lines[-1]["step"] == 40 and lines[-1]["psnr"] == result["psnr"] == task.progress()["psnr"]
     assert json.loads((job.out / "result.json").read_text()) == result
@@ -138,6 +142,57 @@ def test_seconds_end_a_run_and_count_what_was_before(tmp_path):
     assert again.finish()["steps"] == before
 
 
+def test_values_that_are_not_finite_are_null(tmp_path, monkeypatch):
+    """A loss that diverges or an error of exactly zero ends no run: JSON, checkpoint and curve take them as null."""
+    task = WaveTask()
+    monkeypatch.setattr(task, "progress", lambda: {"psnr": float("inf")})
+    monkeypatch.setattr(task, "batch", lambda step: (np.full((256, 2), 0.5), np.full((256, 1), np.nan)))
+    job = FitJob(task, tmp_path)
+    job.run(steps=3, seconds=None, progress=False)
+    assert job.finish()["psnr"] is None and json.loads((tmp_path / "result.json").read_text())["loss"] is None
+    assert lines_of(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+    assert np.isfinite(task.field.params.numpy()).all()
+    again = FitJob(WaveTask(), tmp_path)
+    again.resume()
+    again.run(steps=4, seconds=None, progress=False)
+    assert len(lines_of(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("entry", [None, 3, "x", {"a": 1}, [1], [{}], [{"step": 1, "seconds": "x", "loss": 0.5}]])
+@pytest.mark.parametrize("name", ["metrics", "seconds", "identity"])
+def test_crafted_checkpoint_is_refused(tmp_path, name, entry):
+    """Entries of the wrong type, in a file whose digest is right, are one error that names the file."""
+    if (name, entry) == ("seconds", 3):
+        entry = -3.0
+    job = FitJob(WaveTask(), tmp_path)
+    config = {"identity": job.identity, "seconds": 1.0, "metrics": []} | {name: entry}
+    save_tensors(job.checkpoint, job.task.state(), config, kind="nrc.fit")
+    with pytest.raises(FitError, match=r"checkpoint\.safetensors"):
+        job.resume()
+
+
+def test_state_with_impossible_counts_is_refused():
+    """Counts that would make the moving average read outside of its table are refused, and nothing is changed."""
+    task = WaveTask()
+    for _ in range(3):
+        task.step()
+    arrays = task.trainer.optimizer.state_arrays()
+    before = {name: array.numpy().copy() for name, array in arrays.items()}
+    for name, values in (
+        ("counters", -np.ones_like(before["counters"])),
+        ("stamps", np.full_like(before["stamps"], 4)),
+        ("params", np.full_like(before["params"], np.nan)),
+        ("moments", before["moments"][:-1]),
+    ):
+        with pytest.raises(SnapshotError, match=f"c: {name}"):
+            restore("c", before | {name: values}, arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array.numpy(), before[name], err_msg=name)
+    for n_steps in (-1, 1 << 40):
+        with pytest.raises(SnapshotError, match=f"{n_steps}"):
+            steps_of("c", {TASK_STEPS: np.array([n_steps])})
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other seed", "other kind", "no seconds"])
 def test_wrong_checkpoint_is_refused(tmp_path, damage):
     """A checkpoint that is absent, damaged or of another run is one clear line naming the file and what differs."""
@@ -154,8 +209,6 @@ def test_wrong_checkpoint_is_refused(tmp_path, damage):
         job.task.field.save(job.checkpoint)
         expected = "expected 'nrc.fit'"
     elif damage == "no seconds":
-        from nrc.snapshot import save_tensors
-
         save_tensors(job.checkpoint, job.task.state(), {"identity": job.identity, "metrics": []}, kind="nrc.fit")
         expected = "incomplete"
     with pytest.raises(FitError, match=expected) as caught:

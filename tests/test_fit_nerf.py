@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 import reference_nerf as reference
 import warp as wp
-from small_views import N_VIEWS, SIZE, write_sphere_views
+from small_views import N_VIEWS, SIZE, look_at, write_sphere_views
 
-from nrc.fit.nerf import NerfTask, evaluate_snapshot, scale_l2_reg
-from nrc.fit.nerf_render import evaluate_views
+from nrc.field import Field
+from nrc.fit.exports import export
+from nrc.fit.nerf import NerfTask, evaluate_snapshot, scale_optimizer
+from nrc.fit.nerf_render import evaluate_views, extract_mesh, render_view
 from nrc.fit.radiance_field import RadianceField
+from nrc.fit.views import Camera
 from nrc.kernels import nerf as kn
 from nrc.launch import launch, set_threads
+from nrc.optimizer import Optimizer
 from nrc.snapshot import SnapshotError, load_tensors, save_tensors
 
 SMALL = {
@@ -34,9 +39,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sphere_views(tmp_path_factory.mktemp("sphere"))
 
 
-def small_task(scene: Path, **options: Any) -> NerfTask:
+def small_task(scene: Path, dir_encoding: dict[str, Any] | None = None, **options: Any) -> NerfTask:
     """A task that takes milliseconds a step."""
-    return NerfTask(scene, device="cpu", config=SMALL, batch_size=4096, **options)
+    config = SMALL | ({} if dir_encoding is None else {"dir_encoding": dir_encoding})
+    return NerfTask(scene, device="cpu", config=config, batch_size=4096, **options)
 
 
 def rays_with(counts: np.ndarray, target: np.ndarray, background: np.ndarray, image: np.ndarray) -> Any:
@@ -132,13 +138,92 @@ def test_twin_gradients_match_finite_differences() -> None:
         np.testing.assert_allclose(analytic[k], numeric, rtol=1e-6, atol=1e-8)
 
 
-def test_gradient_scale_keeps_regularisation() -> None:
-    """The innermost L2 regularisation is multiplied, nothing else changes, and the original stays."""
-    config = {"otype": "Ema", "decay": 0.95, "nested": {"otype": "Adam", "learning_rate": 0.1, "l2_reg": 1e-6}}
-    scaled = scale_l2_reg(config, 1024.0)
-    assert scaled["nested"] == {"otype": "Adam", "learning_rate": 0.1, "l2_reg": 1024e-6}
-    assert config["nested"]["l2_reg"] == 1e-6
-    assert scale_l2_reg({"otype": "Adam"}, 4.0)["l2_reg"] == pytest.approx(4e-8)
+@pytest.mark.parametrize("otype", ["Adam", "SGD"])
+def test_scaled_gradients_take_the_same_steps(otype: str) -> None:
+    """Gradients multiplied by a power of two change nothing, with an optimizer scaled alike; the original stays."""
+    adam = {"epsilon": 1e-3, "beta2": 0.99} if otype == "Adam" else {}
+    config = {"otype": "Ema", "decay": 0.9, "nested": {"otype": otype, "learning_rate": 0.25, "l2_reg": 0.5, **adam}}
+    before = deepcopy(config)
+    rng = np.random.default_rng(2)
+    x, dL_dy = rng.random((64, 3), np.float32), rng.normal(size=(64, 2)).astype(np.float32)
+    params = []
+    for scale in (1.0, 1024.0):
+        field = Field(3, 2, {"otype": "Identity"}, SMALL["network"], device="cpu")
+        optimizer = Optimizer(field, scale_optimizer(config, scale))
+        for _ in range(3):
+            optimizer.step(x, (scale * dL_dy).astype(np.float32))
+        params.append(field.params.numpy())
+    np.testing.assert_allclose(params[0], params[1], rtol=1e-5, atol=1e-7)
+    assert config == before
+
+
+@pytest.mark.parametrize("inner", ["Adam", {"otype": "Adam", "l2_reg": "x"}])
+def test_wrong_optimizers_are_refused(inner: Any, scene: Path) -> None:
+    """An optimizer that is none is a ValueError."""
+    with pytest.raises(ValueError, match=r"nested|l2_reg"):
+        NerfTask(scene, device="cpu", config=SMALL | {"optimizer": {"otype": "Ema", "nested": inner}})
+
+
+def test_batches_smaller_than_a_ray_are_refused(scene: Path) -> None:
+    """A batch that not every ray fits into would leave rays out by what they see."""
+    with pytest.raises(ValueError, match="batch_size"):
+        NerfTask(scene, device="cpu", config=SMALL, batch_size=kn.MAX_SAMPLES - 1)
+
+
+def test_directions_of_instant_ngp_are_read(scene: Path) -> None:
+    """Its Composite of directions and no latent codes is its first entry."""
+    harmonics = {"otype": "SphericalHarmonics", "degree": 2}
+    composite = {"otype": "Composite", "nested": [harmonics | {"n_dims_to_encode": 3}, {"otype": "Identity"}]}
+    fields = [small_task(scene, dir_encoding=encoding).model.color for encoding in (harmonics, composite)]
+    assert fields[0].encoding == fields[1].encoding
+
+
+def test_few_rays_reach_all_images(scene: Path) -> None:
+    """With fewer rays than images, steps together draw from every image alike."""
+    task = small_task(scene)
+    n_rays, n_steps, counts = 7, 240, np.zeros(N_VIEWS)
+    march = task.model.march_view()
+    for step in range(n_steps):
+        inputs = [task.cameras, march, 4, step, n_rays, 0, -1.0]
+        launch(kn.begin_rays, n_rays, inputs=inputs, outputs=[task.rays], device=task.device)
+        counts += np.bincount(task.rays.image.numpy()[:n_rays], minlength=N_VIEWS)
+    expected = n_rays * n_steps / N_VIEWS
+    assert np.abs(counts - expected).max() < 5.0 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("n_rays", [7, 1000])
+def test_exposures_follow_the_rays_of_their_images(n_rays: int, scene: Path) -> None:
+    """The first moment of an image's gain is a tenth of the gradients of those of its rays that fit."""
+    task = small_task(scene, exposure=True)
+    rng = np.random.default_rng(8)
+    for step in range(3):
+        inputs = [task.cameras, task.model.march_view(), task.seed, step, n_rays, 0, -1.0]
+        launch(kn.begin_rays, n_rays, inputs=inputs, outputs=[task.rays], device=task.device)
+        image, n_marched = task.rays.image.numpy(), task.rays.n_marched.numpy()
+        n_marched[::3] = kn.DROPPED
+        task.rays.n_marched.assign(n_marched)
+        gradient = rng.normal(size=(task.max_rays, 3)).astype(np.float32)
+        task._dL_dlog_gain.assign(gradient)
+        task._gain_moments.zero_()
+        task.n_steps, task.n_rays = step, n_rays
+        task._adjust_exposure()
+        expected, fits = np.zeros((N_VIEWS, 3)), np.flatnonzero(n_marched[:n_rays] >= 0)
+        np.add.at(expected, image[fits], 0.1 * gradient[fits])
+        np.testing.assert_allclose(task._gain_moments.numpy()[:, :3], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_boxes_out_of_sight_are_missed(scene: Path) -> None:
+    """From where single precision cannot take a step, rays meet nothing; a box that space does not hold is refused."""
+    task = small_task(scene)
+    for distance, meets in ((10.0, True), (1e6, False)):
+        c2w = look_at(np.array([0.0, -distance, 0.0]))[:3]
+        c2w[:, 3] += 0.5
+        alpha = render_view(task.model, Camera.from_fov(c2w, 4, 4, 0.5 / distance)).alpha
+        assert (alpha.max() > 0.0) == meets
+    with pytest.raises(ValueError, match="crop must overlap"):
+        small_task(scene, crop=((3.0, 3.0, 3.0), (4.0, 4.0, 4.0)))
+    with pytest.raises(ValueError, match="crop must overlap"):
+        extract_mesh(task.model, crop=((3.0, 3.0, 3.0), (4.0, 4.0, 4.0)))
 
 
 def test_drawn_pixels_are_uniform_and_composited(scene: Path) -> None:
@@ -147,8 +232,8 @@ def test_drawn_pixels_are_uniform_and_composited(scene: Path) -> None:
     n_rays, counts = 1200, np.zeros((N_VIEWS, SIZE * SIZE), int)
     march = task.model.march_view()
     for sample in range(60):
-        inputs = [task.cameras, march, 9, sample, n_rays, 0, n_rays, -1.0]
-        launch(kn.begin_rays, task.max_rays, inputs=inputs, outputs=[task.rays], device=task.device)
+        inputs = [task.cameras, march, 9, sample, n_rays, 0, -1.0]
+        launch(kn.begin_rays, n_rays, inputs=inputs, outputs=[task.rays], device=task.device)
         image = task.rays.image.numpy()[:n_rays]
         assert (np.bincount(image) == n_rays // N_VIEWS).all()
         d, origin = (getattr(task.rays, name).numpy()[:n_rays] for name in ("direction", "origin"))
@@ -227,7 +312,13 @@ def test_state_that_does_not_fit_is_refused(scene: Path) -> None:
     task.step()
     state = task.state()
     before = {name: array.copy() for name, array in state.items()}
-    for name, value in (("density.params", None), ("color.weights", np.zeros(3)), ("n_rays", np.array([0]))):
+    late = np.full_like(state["density.stamps"], 2**30)
+    for name, value in (
+        ("density.params", None),
+        ("color.weights", np.zeros(3)),
+        ("n_rays", np.array([0])),
+        ("density.stamps", late),
+    ):
         broken = {key: array for key, array in state.items() if key != name}
         if value is not None:
             broken[name] = value
@@ -266,10 +357,10 @@ def test_rays_that_do_not_fit_are_dropped(scene: Path) -> None:
     assert 0 < len(fits) < task.n_rays and (fits == np.arange(len(fits))).all()
     assert int(task._n_marched.numpy()[0]) == n_marched[fits].sum() == end[fits[-1]] <= task.max_marched
     assert end[fits[-1] + 1] > task.max_marched
-    task._shade(task.model.color.params)
+    task._shade(task.n_rays, task.model.color.params)
     kept = task.rays.n_kept.numpy()
     assert int(task._n_kept.numpy()[0]) == kept.sum() <= task.samples_per_step
-    task._composite("L2", task._no_gain)
+    task._composite(task.n_rays, "L2", task._no_gain)
     assert (task._ray_loss.numpy()[task.rays.n_marched.numpy() == kn.DROPPED] == 0.0).all()
 
 
@@ -281,7 +372,7 @@ def test_kept_samples_end_where_rays_are_opaque(scene: Path) -> None:
     rng = np.random.default_rng(6)
     code = rng.normal(3.0, 1.5, task._code.shape).astype(np.float32)
     task._code.assign(code)
-    task._shade(task.model.color.params)
+    task._shade(8, task.model.color.params)
     ends, n, kept = (getattr(task.rays, name).numpy()[:8] for name in ("end_marched", "n_marched", "n_kept"))
     dt, x = task._dt.numpy(), task._x.numpy()
     to = 0
@@ -311,4 +402,42 @@ def test_snapshots_that_do_not_fit_are_refused(scene: Path, tmp_path: Path) -> N
             RadianceField.load(path, "cpu")
     save_tensors(path, tensors, {name: config[name] for name in config if name != "near"}, kind="nrc.nerf")
     with pytest.raises(SnapshotError, match="near is missing"):
+        RadianceField.load(path, "cpu")
+
+
+WRONG_ENTRIES = {
+    "kind": "image",
+    "source": 3,
+    "holdout": "8",
+    "downscale": 0,
+    "scale": [1],
+    "offset": [0.0, 1.0],
+    "rotation": [[1, 0], [0, "x"]],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG_ENTRIES.items())
+def test_snapshots_with_wrong_entries_are_refused(name: str, wrong: Any, scene: Path, tmp_path: Path) -> None:
+    """What says where the views are, missing or of another type: one SnapshotError, to measure and to export."""
+    path = tmp_path / "field.safetensors"
+    small_task(scene).save(path, {})
+    tensors, config = load_tensors(path, kind="nrc.nerf")
+    missing = {key: value for key, value in config["fit"].items() if key != name}
+    for fit in (missing, config["fit"] | {name: wrong}):
+        save_tensors(path, tensors, config | {"fit": fit}, kind="nrc.nerf")
+        with pytest.raises(SnapshotError, match=f"fit: .*{name if name != 'kind' else 'not'}"):
+            evaluate_snapshot(path, device="cpu")
+        if name != "kind":
+            with pytest.raises(SnapshotError, match=f"fit: .*{name}"):
+                export(path, tmp_path / "mesh.ply", device="cpu")
+
+
+@pytest.mark.parametrize("n_steps", [0, 1.5, 10**9, None])
+def test_impossible_steps_are_refused(n_steps: Any, scene: Path, tmp_path: Path) -> None:
+    """Steps too short to get anywhere would march for ever."""
+    path = tmp_path / "field.safetensors"
+    small_task(scene).save(path, {})
+    tensors, config = load_tensors(path, kind="nrc.nerf")
+    save_tensors(path, tensors, config | {"n_steps": n_steps}, kind="nrc.nerf")
+    with pytest.raises(SnapshotError, match="n_steps"):
         RadianceField.load(path, "cpu")

@@ -205,14 +205,26 @@ def test_same_seed_same_training(meshes, monkeypatch):
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         for name, array in states[0].items():
-            if name != "optimizer.counters":  # whose first and second entries are scratch
+            if name != "counters":  # whose first and second entries are scratch
                 np.testing.assert_array_equal(state[name], array, err_msg=name)
-    assert states[0]["optimizer.counters"][2] == states[2]["optimizer.counters"][2] == 8
+    assert states[0]["counters"][2] == states[2]["counters"][2] == 8
     other = make_task(path, seed=6)
     for _ in range(8):
         other.step()
     assert (other.state()["pool_distance"] != states[0]["pool_distance"]).any()
     assert other.identity() != task.identity()
+
+
+def test_identity_covers_triangles_in_other_files(tmp_path):
+    """A glTF file names the file of its triangles: other triangles there are another mesh."""
+    digests = []
+    for size in (1.0, 2.0):
+        files = trimesh.creation.box((size, 1.0, 1.0)).export(file_type="gltf")
+        for name, content in files.items():
+            if not (name == "model.gltf" and digests):
+                (tmp_path / name).write_bytes(content)
+        digests.append(make_task(tmp_path / "model.gltf").identity()["sha256"])
+    assert digests[0] != digests[1]
 
 
 def test_broken_states_are_refused(meshes):
@@ -223,8 +235,8 @@ def test_broken_states_are_refused(meshes):
     for name, array in (
         ("pool_x", None),
         ("pool_distance", before["pool_distance"][1:]),
-        ("optimizer.params", np.full_like(before["optimizer.params"], np.nan)),
-        ("n_steps", np.array([-1], np.int64)),
+        ("params", np.full_like(before["params"], np.nan)),
+        ("task.n_steps", np.array([-1], np.int64)),
     ):
         broken = dict(before)
         del broken[name]

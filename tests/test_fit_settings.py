@@ -69,6 +69,7 @@ def test_blocks_and_options_override_defaults():
         ({"grid": {"levels": 3}}, "of a hash grid can be set, got levels"),
         ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
         ({"config": {"batch_size": "many"}}, "batch_size must be a positive whole number, got 'many'"),
+        ({"config": {"encoding": {"otype": "HashGrid", "n_levels": "x"}}}, "n_levels in HashGrid encoding must be int"),
         ({"config": {"loss": 3}}, "loss must be a JSON object, got 3"),
     ],
 )

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from nrc.fit.camera_path import CameraPath, between, read_camera_path, write_frames
 from nrc.fit.frame import Placement
 from nrc.fit.nerf_render import NerfRenderer, depth_picture, evaluate_views, extract_mesh, render_view, write_pictures
+from nrc.fit.radiance_field import crop_box
 from nrc.fit.views import Camera, Views
 from nrc.image import read_image
 from nrc.kernels.nerf import N_CODE, MarchView
@@ -67,10 +68,11 @@ class StubField:
         self.density_params = self.color_params = None
         self.bits = wp.array(np.full(N_WORDS, FULL) if bits is None else bits, dtype=wp.uint64, device=device)
 
-    def march_view(self) -> Any:
+    def march_view(self, crop: Any = None) -> Any:
         view = MarchView()
         view.bits, view.n_cascades = self.bits, 1
-        view.lower, view.upper, view.scene_lower = wp.vec3(0.0), wp.vec3(1.0), wp.vec3(0.0)
+        box = crop_box(np.array([[0.0] * 3, [1.0] * 3]), crop)
+        view.lower, view.upper, view.scene_lower = wp.vec3(*box[0]), wp.vec3(*box[1]), wp.vec3(0.0)
         view.inverse_size, view.near, view.cone = 1.0, 0.0, 0.0
         view.min_step = view.max_step = self.step
         return view

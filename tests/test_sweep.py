@@ -75,6 +75,16 @@ def test_resume_refuses_another_sweep(picture, tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 3
 
 
+def test_interrupted_run_is_continued(picture, tmp_path):
+    """A result that says it was interrupted is no row: the run goes on to its budget."""
+    sizes = {"log2_hashmap_size": [10], "n_features": [2], "n_levels": [4]}
+    whole = sweep("image", picture, out=tmp_path, say=str, **sizes, **BUDGET)
+    path = next(tmp_path.glob("*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"interrupted": True, "psnr": 0.5}))
+    again = sweep("image", picture, out=tmp_path, resume=True, say=str, **sizes, **BUDGET)
+    assert again[0]["psnr"] == whole[0]["psnr"] and not json.loads(path.read_text())["interrupted"]
+
+
 def test_table_leaves_out_columns_without_values():
     """Markdown of the columns that apply, in their order."""
     rows = [{"n_levels": 8, "psnr": 30.125, "n_params": 12345, "iou": None}, {"n_levels": 16, "n_params": 5}]

@@ -17,15 +17,16 @@ from typing import Any, cast
 import numpy as np
 import warp as wp
 
-from nrc.config import parse_options
+from nrc.config import parse_optimizer, parse_options
 from nrc.field import Field, Network
-from nrc.fit.fitted_image import FittedImage, measure
+from nrc.fit.fitted_image import FittedImage, checked_entry, measure
 from nrc.fit.image import ImageTask
+from nrc.fit.job import TASK_STEPS, steps_of
 from nrc.fit.pixels import PixelSource
-from nrc.fit.settings import FitConfig
+from nrc.fit.settings import FitConfig, check_batch_size
 from nrc.kernels import acorn as kernels
 from nrc.launch import heavy_range, launch, resolve_device
-from nrc.optimizer import Optimizer
+from nrc.optimizer import Optimizer, restore
 from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
 
 SNAPSHOT_KIND = "nrc.acorn"
@@ -265,21 +266,6 @@ class AcornModel:
             named |= {f"{name}.{key}": array for key, array in optimizer.state_arrays().items()}
         return named
 
-    def load(
-        self, path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], names: tuple[str, ...] = ()
-    ) -> None:
-        """Restore `names` of `arrays`, by default all. Raises SnapshotError, and then changes nothing."""
-        arrays = {name: array for name, array in self.arrays().items() if not names or name in names}
-        found = {}
-        for name, array in arrays.items():
-            like = array.numpy()  # vectors as one more dimension
-            found[name] = take_tensor(path, tensors, name, like.shape, like.dtype)
-            if like.dtype == np.float32:
-                check_finite(path, name, found[name])
-        for name, array in arrays.items():
-            array.assign(found[name])
-        self._is_stale = True
-
     def _expand(self, positions: wp.array, hidden: wp.array, chunks: wp.array) -> None:
         self.encoder.inference(positions, hidden)
         n_rows = positions.shape[0]
@@ -337,7 +323,7 @@ class AcornTask(ImageTask):
         self.field = cast(Any, self.model)  # `inference` is all that `ImageTask` needs of it
         self.n_params = self.model.n_params
         self.samples_per_step = self.model.n_rows * self.model.n_points
-        self.fitted = FittedImage(self.field, width, height, self.source.pixels.dtype.name)
+        self._fitted = FittedImage(self.field, width, height, self.source.pixels.dtype.name)
         self._probe_x, self._probe_y = self._draw_probe()
         self._snapshot_bytes = 4 * self.n_params
         n = self.samples_per_step
@@ -397,13 +383,13 @@ class AcornTask(ImageTask):
     def state(self) -> dict[str, np.ndarray]:
         """All that training changes, by name."""
         tensors = {name: array.numpy() for name, array in self.model.arrays().items()}
-        return tensors | {"blocks": self.tree.blocks, "task.n_steps": np.array([self.n_steps], np.int64)}
+        return tensors | {"blocks": self.tree.blocks, TASK_STEPS: np.array([self.n_steps], np.int64)}
 
     def load_state(self, path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
         """Restore what `state` gave and the file `path` held. Raises SnapshotError."""
-        n_steps = int(take_tensor(path, state, "task.n_steps", (1,), np.int64)[0])
+        n_steps = steps_of(path, state)
         _load_blocks(path, state, self.tree)
-        self.model.load(path, state)
+        restore(path, state, self.model.arrays())
         self.model.set_tree(self.tree)
         self.n_steps = n_steps
 
@@ -419,7 +405,7 @@ class AcornTask(ImageTask):
             "width": self.source.width,
             "height": self.source.height,
             "n_channels": self.source.n_channels,
-            "dtype": self.fitted.dtype.name,
+            "dtype": self._fitted.dtype.name,
             "config": self.config.as_dict(),
         }
         save_tensors(path, tensors, {"fit": fit | dict(training)}, kind=SNAPSHOT_KIND)
@@ -446,17 +432,22 @@ def acorn_config(
     for name, value in encoding.items():
         if value < 1:
             raise ValueError(f"Acorn encoding: {name} must be a positive whole number, got {value!r}")
+    optimizer = config.get("optimizer", OPTIMIZER)
+    parsed = parse_optimizer(optimizer)
+    if parsed.otype != "Adam" or parsed.ema_decay is not None:
+        raise ValueError("Acorn optimizer: must be Adam, without a moving average")
     if encoding["grid_resolution"] % 2:
         raise ValueError(f"Acorn encoding: grid_resolution must be even, got {encoding['grid_resolution']}")
     if encoding["n_hidden_layers"] < 2:
         raise ValueError("Acorn encoding: n_hidden_layers must be at least 2")
     if batch_size is None:
         batch_size = config.get("batch_size", BATCH_SIZE_CPU if device.is_cpu else BATCH_SIZE)
+    check_batch_size(batch_size)
     return FitConfig(
         encoding={"otype": "Acorn", **encoding},
         network=dict(config.get("network", NETWORK)),
         loss={"otype": "L2"},
-        optimizer=dict(config.get("optimizer", OPTIMIZER)),
+        optimizer=dict(optimizer),
         batch_size=batch_size,
     )
 
@@ -466,19 +457,18 @@ def evaluate_snapshot(
 ) -> dict[str, Any]:
     """Measures of a snapshot, as `AcornTask.evaluate` gives them. Raises SnapshotError, ImageError."""
     tensors, config = load_tensors(path, kind=SNAPSHOT_KIND)
+    fit = checked_entry(path, config, "acorn")
+    width, height, dtype = (fit[name] for name in ("width", "height", "dtype"))
+    run_on = resolve_device(device)
     try:
-        fit = config["fit"]
-        settings = FitConfig(**fit["config"])
-        width, height, n_channels = (int(fit[name]) for name in ("width", "height", "n_channels"))
-        tree, model = _make_model(width, height, n_channels, settings, 0, resolve_device(device))
-        dtype = np.dtype(fit["dtype"]).name
-        pixels_path = fit["source"] if source is None else source
-    except (KeyError, TypeError, ValueError) as error:
+        tree, model = _make_model(width, height, fit["n_channels"], acorn_config(run_on, fit["config"]), 0, run_on)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SnapshotError(f"{path}: fit: not the snapshot of an ACORN image ({error})") from error
     _load_blocks(path, tensors, tree)
-    model.load(path, tensors, WEIGHTS)
+    arrays = model.arrays()
+    restore(path, tensors, {name: arrays[name] for name in WEIGHTS})
     model.set_tree(tree)
-    pixels = PixelSource(pixels_path)
+    pixels = PixelSource(fit["source"] if source is None else source)
     measures = measure(FittedImage(cast(Any, model), width, height, dtype), pixels)
     sizes = {"snapshot_bytes": Path(path).stat().st_size, "source_bytes": pixels.n_bytes}
     return measures | sizes

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nrc.files import write_atomically
 
 LABELS = {"psnr": "PSNR [dB]", "iou": "1 - IoU"}
@@ -21,17 +23,20 @@ def draw_curve(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("loss", color="C0")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    seconds = [line["seconds"] for line in metrics]
-    axes.plot(seconds, [line["loss"] for line in metrics], color="C0", alpha=0.7)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([line.get(name) for line in metrics], float)  # null is NaN, which is left out
+
+    axes.plot(column("seconds"), column("loss"), color="C0", alpha=0.7)
     for name, label in LABELS.items():
         if metrics and name in metrics[-1]:
             right = axes.twinx()
             right.set_ylabel(label, color="C1")
-            values = [line[name] for line in metrics]
+            values = column(name)
             if name == "iou":
                 right.set_yscale("log")
-                values = [max(1.0 - value, 1e-6) for value in values]
-            right.plot(seconds, values, color="C1", marker=".")
+                values = np.maximum(1.0 - values, 1e-6)
+            right.plot(column("seconds"), values, color="C1", marker=".")
     if metrics:
         axes.set_title(f"{metrics[-1]['step']} steps")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))

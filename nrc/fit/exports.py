@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from nrc.field import Field
 from nrc.fit import sdf
 from nrc.fit.camera_path import read_camera_path, write_frames
 from nrc.fit.fitted_image import FittedImage
 from nrc.fit.frame import Placement
 from nrc.fit.job import FitError
 from nrc.fit.nerf_render import NerfRenderer, extract_mesh, to_bytes
-from nrc.fit.radiance_field import SNAPSHOT_KIND as NERF_KIND
 from nrc.fit.radiance_field import RadianceField
+from nrc.fit.run import SNAPSHOT_KINDS
 from nrc.fit.surface import WRITE_EXTENSIONS, Surface, write_surface
 from nrc.fit.views import load_views
 from nrc.image import FLOAT_EXTENSIONS, srgb_decode, write_exr, write_image
@@ -49,10 +48,10 @@ def export(
         ValueError: A snapshot, option or file that cannot be used.
     """
     path, out = Path(snapshot), Path(out)
-    _, config = load_tensors(path, kind=("nrc.field", NERF_KIND))
+    _, config = load_tensors(path, kind=SNAPSHOT_KINDS)
     fit = config.get("fit")
-    kind = fit.get("kind") if isinstance(fit, dict) else None
-    writers: dict[Any, Callable[..., dict[str, Any]]] = {"image": export_image, "sdf": export_sdf, "nerf": export_nerf}
+    kind = str(fit.get("kind")) if isinstance(fit, dict) else "no fit"
+    writers: dict[str, Callable[..., dict[str, Any]]] = {"image": export_image, "sdf": export_sdf, "nerf": export_nerf}
     if kind not in writers:
         raise FitError(f"{path}: fit: not a snapshot that can be exported, but of {kind!r}")
     known = inspect.signature(writers[kind]).parameters
@@ -67,15 +66,11 @@ def export_image(
 ) -> dict[str, Any]:
     """A crop of a fitted image at any zoom; arguments as of `FittedImage.reconstruct`."""
     fitted = FittedImage.load(path, device)
+    if out.suffix.lower() in FLOAT_EXTENSIONS:
+        fitted.dtype = np.dtype(np.float32)
     picture = fitted.reconstruct(region, zoom)
-    is_float = out.suffix.lower() in FLOAT_EXTENSIONS
     if picture.dtype == np.uint16:
         picture = (picture / 257.0 + 0.5).astype(np.uint8)
-    if is_float and picture.dtype == np.uint8:
-        linear = srgb_decode(picture.astype(np.float32) / 255.0).astype(np.float32)
-        if picture.shape[2] in (2, 4):
-            linear[:, :, -1] = picture[:, :, -1] / 255.0
-        picture = linear
     write_image(out, picture)
     return {"width": picture.shape[1], "height": picture.shape[0]}
 
@@ -86,8 +81,7 @@ def export_sdf(path: Path, out: Path, device: Any, *, resolution: int = DEFAULT_
     Args:
         resolution: Cells of the grid along the mesh's longest side.
     """
-    _, config = load_tensors(path, kind="nrc.field")
-    field, fit = Field.load(path, device), config["fit"]
+    field, fit = sdf.load_fit(path, device)
     lower, upper = (np.array(fit[name], np.float64) for name in ("lower", "upper"))
     if out.suffix.lower() == ".png":
         write_image(out, sdf.draw(field, field.params, lower, upper)[0])
@@ -125,8 +119,7 @@ def export_nerf(
         source: Where the views are now, by default where they were when the fit began.
     """
     field = RadianceField.load(path, device)
-    _, config = load_tensors(path, kind=NERF_KIND)
-    fit = config["fit"]
+    fit = RadianceField.load_fit(path)
     placement = Placement(fit["scale"], tuple(fit["offset"]), np.array(fit["rotation"], np.float64))
     if out.suffix.lower() in WRITE_EXTENSIONS:
         surface = extract_mesh(field, resolution=resolution, crop=crop)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 import warp as wp
-from PIL import Image
 
 from nrc.field import SNAPSHOT_KIND, Field
 from nrc.files import write_atomically
@@ -76,13 +75,17 @@ class FittedImage:
             sRGB-encoded, or float32 linear.
 
         Raises:
-            ImageError: A region that is empty or not inside the image, or a zoom that is not positive.
+            ImageError: A region that is empty or not inside the image, a zoom that is not positive, or a picture that
+                does not fit into memory.
         """
         x0, y0, x1, y1 = region = checked_region(region, self.width, self.height)
         if not (math.isfinite(zoom) and zoom > 0.0):
             raise ImageError(f"zoom must be positive, got {zoom}")
         width, height = max(1, round((x1 - x0) * zoom)), max(1, round((y1 - y0) * zoom))
-        image = np.empty((height, width, self.n_channels), self.dtype)
+        try:
+            image = np.empty((height, width, self.n_channels), self.dtype)
+        except (MemoryError, ValueError) as error:  # the latter where not even NumPy can count the values
+            raise ImageError(f"a picture of {width}x{height} pixels does not fit into memory") from error
         for y, strip in self._strips(region, width, height, zoom):
             image[y : y + len(strip)] = self.decode(strip)
         return image
@@ -131,13 +134,13 @@ class FittedImage:
 
         PNG for 8 bits up to 64 megapixels, EXR for floats up to 16, else TIFF, strip by strip. Raises ImageError.
         """
-        n_pixels = self.width * self.height
-        if self.dtype == np.uint8 and n_pixels <= WHOLE_PNG_PIXELS:
-            return write_whole(folder / f"{name}.png", self.reconstruct())
-        if self.dtype.kind == "f" and n_pixels <= WHOLE_EXR_PIXELS:
-            return write_whole(folder / f"{name}.exr", self.reconstruct())
-        path = folder / f"{name}.tif"
-        write_atomically(path, self._write_tiff, ImageError)
+        most = {"uint8": WHOLE_PNG_PIXELS, "float32": WHOLE_EXR_PIXELS}.get(self.dtype.name, 0)
+        if self.width * self.height > most:
+            path = folder / f"{name}.tif"
+            write_atomically(path, self._write_tiff, ImageError)
+        else:
+            path = folder / (f"{name}.png" if self.dtype == np.uint8 else f"{name}.exr")
+            write_image(path, self.reconstruct())
         return path
 
     def _write_tiff(self, path: Path) -> None:
@@ -231,14 +234,7 @@ def error_picture(fitted: FittedImage, source: PixelSource) -> np.ndarray:
 def load_fit(path: str | os.PathLike[str], device: Any = None) -> tuple[FittedImage, dict[str, Any]]:
     """The image in a snapshot of an `ImageTask`, and what the snapshot says of the fit. Raises SnapshotError."""
     _, config = load_tensors(path, kind=SNAPSHOT_KIND)
-    fit = config.get("fit")
-    if not isinstance(fit, dict) or fit.get("kind") != "image":
-        raise SnapshotError(f"{path}: fit: not the snapshot of an image")
-    for name in ("width", "height"):
-        if not isinstance(fit.get(name), int) or isinstance(fit[name], bool) or fit[name] < 1:
-            raise SnapshotError(f"{path}: fit: {name} must be a positive whole number, got {fit.get(name)!r}")
-    if not isinstance(fit.get("source"), str) or fit.get("dtype") not in ("uint8", "uint16", "float32"):
-        raise SnapshotError(f"{path}: fit: source or dtype is missing or wrong")
+    fit = checked_entry(path, config, "image")
     field = Field.load(path, device)
     if field.n_input_dims != 2 or not 1 <= field.n_output_dims <= 4:
         raise SnapshotError(
@@ -246,6 +242,19 @@ def load_fit(path: str | os.PathLike[str], device: Any = None) -> tuple[FittedIm
             f"this one {field.n_input_dims} and {field.n_output_dims}"
         )
     return FittedImage(field, fit["width"], fit["height"], fit["dtype"]), fit
+
+
+def checked_entry(path: str | os.PathLike[str], config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The entry `fit` of a snapshot of that kind: source, size and type of its image. Raises SnapshotError."""
+    fit = config.get("fit")
+    if not isinstance(fit, dict) or fit.get("kind") != kind:
+        raise SnapshotError(f"{path}: fit: not the snapshot of an image")
+    for name in ("width", "height"):
+        if not isinstance(fit.get(name), int) or isinstance(fit[name], bool) or fit[name] < 1:
+            raise SnapshotError(f"{path}: fit: {name} must be a positive whole number, got {fit.get(name)!r}")
+    if not isinstance(fit.get("source"), str) or fit.get("dtype") not in ("uint8", "uint16", "float32"):
+        raise SnapshotError(f"{path}: fit: source or dtype is missing or wrong")
+    return fit
 
 
 def checked_region(region: Any, width: int, height: int) -> tuple[int, int, int, int]:
@@ -265,13 +274,3 @@ def checked_region(region: Any, width: int, height: int) -> tuple[int, int, int,
 def psnr_of(mse: float) -> float:
     """Peak signal-to-noise ratio [dB] of a mean squared error; infinite without one."""
     return math.inf if mse == 0.0 else -10.0 * math.log10(mse)
-
-
-def write_whole(path: Path, image: np.ndarray) -> Path:
-    """As `nrc.image.write_image`, grey with alpha in PNG too; returns `path`."""
-    if image.dtype == np.uint8 and image.shape[2] == 2:  # which `write_image` has no PNG mode for
-        picture = Image.fromarray(image, "LA")
-        write_atomically(path, lambda temporary: picture.save(temporary), ImageError)
-    else:
-        write_image(path, image)
-    return path

@@ -19,18 +19,20 @@ import numpy as np
 import warp as wp
 
 from nrc.field import SNAPSHOT_KIND, Field
-from nrc.fit.fitted_image import FittedImage, checked_region, error_picture, load_fit, measure, psnr_of, write_whole
+from nrc.fit.fitted_image import FittedImage, checked_region, error_picture, load_fit, measure, psnr_of
+from nrc.fit.job import TASK_STEPS, steps_of
 from nrc.fit.pixels import PixelSource
 from nrc.fit.settings import make_config
+from nrc.image import write_image
 from nrc.kernels import pixels as px
 from nrc.launch import launch, resolve_device
-from nrc.snapshot import SnapshotError, check_finite, save_tensors, take_tensor
+from nrc.optimizer import restore
+from nrc.snapshot import check_finite, save_tensors
 from nrc.trainer import Trainer
 
 PROBE_PIXELS = 1 << 15  # of `ImageTask.progress`
 FOCUS_SHARE = 0.9  # of a batch's rows inside `ImageTask.focus`
 LOG2_TABLE = (14, 24)
-TASK_STEPS = "task.n_steps"
 
 
 class ImageTask:
@@ -51,7 +53,6 @@ class ImageTask:
     Attributes:
         focus: Region (x0, y0, x1, y1) [px] that nine in ten samples are drawn from, or None. May change at any time.
         warnings: What was ignored or changed in the source, in sentences.
-        fitted: The state of training as a `FittedImage`.
 
     Raises:
         ImageError, ValueError: A source or a setting that cannot be used.
@@ -95,7 +96,7 @@ class ImageTask:
         self.trainer = Trainer(self.field, self.config.loss, self.config.optimizer, batch_size=self.samples_per_step)
         self.n_params = self.field.n_params
         self.n_steps = 0
-        self.fitted = FittedImage(self.field, width, height, self.source.pixels.dtype.name)
+        self._fitted = FittedImage(self.field, width, height, self.source.pixels.dtype.name)
         self._focus: tuple[int, int, int, int] | None = None
         self._allocate_batch()
         self._probe_x, self._probe_y = self._draw_probe()
@@ -121,7 +122,7 @@ class ImageTask:
         rng = np.random.default_rng(0)
         place = rng.integers(0, source.width * source.height, min(PROBE_PIXELS, source.width * source.height))
         y, x = np.divmod(np.sort(place), source.width)
-        coordinates = (np.stack([x, y], axis=1) + 0.5) * self.fitted.inverse_size
+        coordinates = (np.stack([x, y], axis=1) + 0.5) * self._fitted.inverse_size
         on_device: Any = wp.array(coordinates.astype(np.float32), dtype=float, device=self.device)
         return on_device, source.shown(source.pixels[y, x])
 
@@ -153,7 +154,7 @@ class ImageTask:
             launch(
                 self._draw,
                 strata.n_rows,
-                inputs=[strata, self.n_steps, self.fitted.inverse_size, self._pixels],
+                inputs=[strata, self.n_steps, self._fitted.inverse_size, self._pixels],
                 outputs=[self._drawn_x, self._drawn_y],
                 device=self._sampler,
             )
@@ -169,17 +170,9 @@ class ImageTask:
         whole = (0, 0, self.source.width, self.source.height)
         if self._focus is None:
             return [_make_strata(self.seed, 0, n, whole)]
-        x0, y0, x1, y1 = self._focus
-        n_focus = min(round(FOCUS_SHARE * n), n)
-        parts: list[Any] = []
-        first = 0
-        while first < n_focus:  # a region smaller than its share is drawn several times
-            count = min(n_focus - first, (x1 - x0) * (y1 - y0))
-            parts.append(_make_strata(self.seed + 1 + len(parts), first, count, self._focus))
-            first += count
-        if n > n_focus:
-            parts.append(_make_strata(self.seed, n_focus, n - n_focus, whole))
-        return parts
+        n_focus = round(FOCUS_SHARE * n)
+        inside = _make_strata(self.seed + 1, 0, n_focus, self._focus)
+        return [inside, _make_strata(self.seed, n_focus, n - n_focus, whole)]
 
     def progress(self) -> dict[str, float]:
         """PSNR [dB] over a fixed sample of pixels."""
@@ -188,12 +181,16 @@ class ImageTask:
         return {"psnr": psnr_of(np.mean(np.square(shown - self._probe_y), dtype=np.float64))}
 
     def _inference_params(self) -> wp.array:
-        self.fitted.params = self.trainer.ema_params
-        return self.fitted.params
+        return self.trainer.ema_params
+
+    @property
+    def fitted(self) -> FittedImage:
+        """The image as of the last step; training goes on in the memory that it reads."""
+        self._fitted.params = self._inference_params()
+        return self._fitted
 
     def evaluate(self) -> dict[str, Any]:
         """Measures of `measure` over the whole image."""
-        self._inference_params()
         return measure(self.fitted, self.source) | self._sizes()
 
     def _sizes(self) -> dict[str, int]:
@@ -206,16 +203,8 @@ class ImageTask:
 
     def load_state(self, path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
         """Restore what `state` gave and the file `path` held. Raises SnapshotError, and then changes nothing."""
-        arrays = self.trainer.optimizer.state_arrays()
-        restored = {
-            name: take_tensor(path, state, name, array.shape, wp.dtype_to_numpy(array.dtype))
-            for name, array in arrays.items()
-        }
-        n_steps = int(take_tensor(path, state, TASK_STEPS, (1,), np.int64)[0])
-        if n_steps < 0:
-            raise SnapshotError(f"{path}: {TASK_STEPS} must not be negative, got {n_steps}")
-        for name, array in arrays.items():
-            array.assign(restored[name])
+        n_steps = steps_of(path, state)
+        restore(path, state, self.trainer.optimizer.state_arrays())
         self.n_steps = n_steps
 
     def save(self, path: str | os.PathLike[str], training: Mapping[str, Any]) -> None:
@@ -233,7 +222,7 @@ class ImageTask:
             "source_sha256": self.source.sha256,
             "width": self.source.width,
             "height": self.source.height,
-            "dtype": self.fitted.dtype.name,
+            "dtype": self._fitted.dtype.name,
             "seed": self.seed,
             "settings": self.config.as_dict(),
             **training,
@@ -243,11 +232,10 @@ class ImageTask:
 
     def pictures(self, folder: Path) -> dict[str, Path]:
         """Write the reconstruction (see `FittedImage.write`) and error.png (see `error_picture`)."""
-        self._inference_params()
-        return {
-            "reconstruction": self.fitted.write(folder, "reconstruction"),
-            "error": write_whole(folder / "error.png", error_picture(self.fitted, self.source)),
-        }
+        fitted = self.fitted
+        files = {"reconstruction": fitted.write(folder, "reconstruction"), "error": folder / "error.png"}
+        write_image(files["error"], error_picture(fitted, self.source))
+        return files
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels of training and evaluation by name, for `nrc.launch.prepare`."""
@@ -281,10 +269,13 @@ def evaluate_snapshot(
 
 def _make_strata(seed: int, first_row: int, n_rows: int, window: tuple[int, int, int, int]) -> Any:
     x0, y0, x1, y1 = window
+    n_pixels = (x1 - x0) * (y1 - y0)
+    n_strata = max(1, min(n_rows, n_pixels))
     strata = px.Strata()
-    strata.seed, strata.first_row, strata.n_rows = seed & 0x7FFFFFFF, first_row, n_rows
+    strata.seed, strata.first_row = seed & 0x7FFFFFFF, first_row
+    strata.n_rows, strata.n_strata = n_rows, n_strata
     strata.x0, strata.y0, strata.width, strata.height = x0, y0, x1 - x0, y1 - y0
-    strata.length, strata.n_longer = divmod((x1 - x0) * (y1 - y0), n_rows)
+    strata.length, strata.n_longer = divmod(n_pixels, n_strata)
     # Strata about as high as wide
-    strata.band_height = max(1, min(y1 - y0, round(math.sqrt((x1 - x0) * (y1 - y0) / n_rows))))
+    strata.band_height = max(1, min(y1 - y0, round(math.sqrt(n_pixels / n_strata))))
     return strata

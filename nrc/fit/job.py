@@ -15,8 +15,10 @@ A run's folder holds:
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +30,12 @@ from nrc.files import write_atomically
 from nrc.fit.curve import draw_curve
 from nrc.fit.settings import FitConfig
 from nrc.interrupt import interruptible
-from nrc.snapshot import SnapshotError, load_tensors, save_tensors
+from nrc.snapshot import SnapshotError, load_tensors, save_tensors, take_tensor
 
 CHECKPOINT_KIND = "nrc.fit"
+TASK_STEPS = "task.n_steps"  # in the state of a task
 BURST_SECONDS = 0.25  # between two looks at the clock
-REPORT_SECONDS, REPORT_SHARE = (
-    2.0,
-    0.05,
-)  # a line of metrics as often as the longer of: seconds, share of the run so far
+REPORT_SECONDS, REPORT_SHARE = 2.0, 0.05  # between lines of metrics, the longer of: seconds, share of the run so far
 QUALITIES = ("psnr", "iou")  # shown beside the progress bar
 
 
@@ -118,7 +118,7 @@ class FitJob:
         self.checkpoint_seconds = checkpoint_seconds
         self.seconds = 0.0
         self.interrupted = False
-        self.identity = json.loads(json.dumps(task.identity()))  # as a checkpoint gives it back
+        self.identity = _as_json(task.identity())  # as a checkpoint gives it back
         self._metrics: list[dict[str, Any]] = []
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,11 @@ class FitJob:
                     f"{key} ({theirs.get(key)} there, {self.identity.get(key)} here)" for key in differing
                 )
                 raise FitError(f"{path}: belongs to another run: {listed}")
+            seconds, metrics = float(config["seconds"]), config["metrics"]
+            if not (math.isfinite(seconds) and seconds >= 0.0 and _are_metrics(metrics)):
+                raise FitError(f"{path}: seconds or metrics are not those of a run")
             self.task.load_state(path, state)
-            self.seconds, self._metrics = float(config["seconds"]), config["metrics"]
+            self.seconds, self._metrics = seconds, metrics
         except SnapshotError as error:
             raise FitError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
@@ -167,7 +170,7 @@ class FitJob:
         saved = time.perf_counter()
         due = self.seconds + self._report_interval()
         burst = 1
-        with interruptible("step") as stopped, _ProgressBar(task.kind, steps, seconds, progress) as bar:
+        with interruptible("step") as stopped, _ProgressBar(self, steps, seconds, progress) as bar:
             while not stopped() and not self.is_spent(steps, seconds):
                 count = burst if steps is None else min(burst, steps - task.n_steps)
                 start = time.perf_counter()
@@ -228,16 +231,21 @@ class FitJob:
         else:
             result |= task.evaluate()
             result["pictures"] = {name: str(path) for name, path in task.pictures(self.out).items()}
+        result = _as_json(result)
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(self.out / "result.json", lambda temporary: temporary.write_text(text), FitError)
         return result
 
     def _report(self, loss: float, speed: float) -> dict[str, Any]:
         line = {"step": self.task.n_steps, "seconds": self.seconds, "loss": loss, "samples_per_second": speed}
-        line |= self.task.progress()
+        line = _as_json(line | self.task.progress())
         self._metrics.append(line)
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise FitError(f"{path}: cannot be written ({error.strerror})") from error
         return line
 
     def _write_metrics(self) -> None:
@@ -252,13 +260,14 @@ class FitJob:
 class _ProgressBar:
     """Steps or seconds, whichever limits the run, with loss, quality and speed."""
 
-    def __init__(self, kind: str, steps: int | None, seconds: float | None, enabled: bool) -> None:
+    def __init__(self, job: FitJob, steps: int | None, seconds: float | None, enabled: bool) -> None:
         self._by_time = steps is None
         self._quality = ""
         unit = "s" if self._by_time else "steps"
         self._bar = tqdm(
             total=seconds if self._by_time else steps,
-            desc=f"fit {kind}",
+            initial=job.seconds if self._by_time else job.task.n_steps,
+            desc=f"fit {job.task.kind}",
             disable=None if enabled else True,  # None: quiet where standard error is not a terminal
             bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total:.0f}} {unit} [{{remaining}} left{{postfix}}]",
         )
@@ -274,7 +283,7 @@ class _ProgressBar:
         self._quality = "".join(
             f", {name.upper()} {line[name]:.2f} dB" if name == "psnr" else f", {name.upper()} {line[name]:.4f}"
             for name in QUALITIES
-            if name in line
+            if line.get(name) is not None
         )
 
     def update(self, step: int, seconds: float, loss: float, speed: float) -> None:
@@ -284,3 +293,26 @@ class _ProgressBar:
             f"{other}, loss {loss:.3g}{self._quality}, {speed / 1e6:.2f} M samples/s", refresh=False
         )
         self._bar.update(min(value, self._bar.total) - self._bar.n)
+
+
+def steps_of(path: str | PathLike[str], state: Mapping[str, np.ndarray]) -> int:
+    """Steps taken, as a task's state in the file `path` has them in TASK_STEPS. Raises SnapshotError."""
+    n_steps = int(take_tensor(path, state, TASK_STEPS, (1,), np.int64)[0])
+    if not 0 <= n_steps < 1 << 31:
+        raise SnapshotError(f"{path}: {TASK_STEPS} is {n_steps}")
+    return n_steps
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as JSON gives it back; null for NaN and infinity."""
+    return json.loads(json.dumps(value), parse_constant=lambda _name: None)
+
+
+def _are_metrics(value: Any) -> bool:
+    """Whether a value from a file is a list of lines that `FitJob` reported."""
+    return isinstance(value, list) and all(
+        isinstance(line, dict)
+        and {"step", "seconds", "loss"} <= set(line)
+        and all(number is None or isinstance(number, int | float) for number in line.values())
+        for line in value
+    )

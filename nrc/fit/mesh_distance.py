@@ -38,7 +38,7 @@ class MeshDistance:
         noise: Scale of the logistic distribution of points near the surface.
         view: What kernels read.
         warnings: What was repaired.
-        sha256: Of the file.
+        sha256: Of the file, and of the triangles where these are in others.
 
     Raises:
         SurfaceError: The file cannot be read, or the mesh encloses nothing.
@@ -56,7 +56,10 @@ class MeshDistance:
         self.radius = float(np.linalg.norm(vertices - 0.5, axis=1).max())
         self.noise = float(NOISE * LOGISTIC * self.radius)
         self.warnings = list(surface.warnings)
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        digest = hashlib.sha256(Path(path).read_bytes())
+        if Path(path).suffix.lower() == ".gltf":  # its triangles are in other files
+            digest.update(surface.vertices.tobytes() + surface.faces.tobytes())
+        self.sha256 = digest.hexdigest()
         self.seed = seed & 0x7FFFFFFF
 
         def view_of(faces: np.ndarray) -> Any:

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from nrc.config import parse_loss
+from nrc.config import parse_loss, parse_optimizer
 from nrc.fit.nerf_render import evaluate_views, write_pictures
 from nrc.fit.occupancy import PASSES
-from nrc.fit.radiance_field import SNAPSHOT_KIND, RadianceField
+from nrc.fit.radiance_field import RadianceField
 from nrc.fit.settings import make_config
 from nrc.fit.views import Views, load_views
 from nrc.kernels import nerf as kn
 from nrc.kernels import occupancy as ko
 from nrc.kernels.loss import check_loss
 from nrc.launch import heavy_range, launch, resolve_device
-from nrc.optimizer import Optimizer
-from nrc.snapshot import SnapshotError, check_finite, load_tensors, take_tensor
+from nrc.optimizer import Optimizer, restore
+from nrc.snapshot import SnapshotError, take_tensor
 
 FINEST = 2048  # resolution of the finest level, per unit of space
 N_STEPS, N_STEPS_CPU = 1024, 512  # along the diagonal of the unit cube
@@ -113,7 +113,9 @@ class NerfTask:
             device=self.device,
         )
         self.samples_per_step = self.config.batch_size
-        optimizer = scale_l2_reg(self.config.optimizer, GRADIENT_SCALE)
+        if self.samples_per_step < kn.MAX_SAMPLES:
+            raise ValueError(f"batch_size must hold a ray, {kn.MAX_SAMPLES} samples, got {self.samples_per_step}")
+        optimizer = scale_optimizer(self.config.optimizer, GRADIENT_SCALE)
         self.density_optimizer = Optimizer(self.model.density, optimizer, batch_size=self.samples_per_step)
         self.color_optimizer = Optimizer(self.model.color, optimizer, batch_size=self.samples_per_step)
         self.cameras = self.views.upload(self.device)
@@ -127,7 +129,7 @@ class NerfTask:
     def _allocate(self, n_exposures: int) -> None:
         n = self.samples_per_step
         self.max_rays = r = max(256, n // 2)
-        self.max_marched = m = max(MARCHED * n, kn.MAX_SAMPLES)
+        self.max_marched = m = MARCHED * n
 
         def zeros(*shape: int, dtype: Any = float) -> Any:
             return wp.zeros(shape, dtype=dtype, device=self.device)
@@ -144,6 +146,7 @@ class NerfTask:
         self._dL_dcolor, self._dL_dcolor_x = zeros(n, 3), zeros(n, kn.N_COLOR_INPUTS)
         self._n_marched, self._n_kept = zeros(1, dtype=int), zeros(1, dtype=int)
         self._ray_loss, self._loss = zeros(r), zeros(1)
+        self._loss_sums = zeros(-(-r // kn.SUM_RAYS), dtype=wp.vec2)
         self._log_gain, self._gain_moments = zeros(n_exposures, 3), zeros(n_exposures, 6)
         self._dL_dlog_gain = zeros(r if n_exposures else 0, 3)
         self._no_gain = zeros(0, 3)
@@ -170,17 +173,19 @@ class NerfTask:
         if self.n_steps % UPDATE_INTERVAL == 0:
             self._update_occupancy()
         model = self.model
-        self._march(self.cameras, self.n_steps, self.n_rays, 0, self.n_rays, RANDOM_BACKGROUND, model.density.params)
-        self._shade(model.color.params)
-        self._composite(self.loss_otype, self._log_gain)
         n_rays, device = self.n_rays, self.device
-        launch(kn.sum_loss, 1, inputs=[n_rays, self.rays, self._ray_loss], outputs=[self._loss], device=device)
+        self._march(self.cameras, self.n_steps, n_rays, 0, n_rays, RANDOM_BACKGROUND, model.density.params)
+        self._shade(n_rays, model.color.params)
+        self._composite(n_rays, self.loss_otype, self._log_gain)
+        n = -(-n_rays // kn.SUM_RAYS)
+        launch(kn.sum_loss, n, inputs=[n_rays, self.rays, self._ray_loss], outputs=[self._loss_sums], device=device)
+        launch(kn.mean_loss, 1, inputs=[n, self._loss_sums], outputs=[self._loss], device=device)
         count = self._n_kept
         self.color_optimizer.step(self._color_x, self._dL_dcolor, count=count, dL_dx=self._dL_dcolor_x)
         self.density_optimizer.step(self._kept_x, self._dL_dcolor_x[:, : kn.N_CODE], count=count)
-        self.n_steps += 1
         if self._log_gain.shape[0]:
             self._adjust_exposure()
+        self.n_steps += 1
         if self.n_steps % UPDATE_INTERVAL == 0:
             self._choose_n_rays()
         return self._loss
@@ -207,53 +212,53 @@ class NerfTask:
 
     def _choose_n_rays(self) -> None:
         """As many rays as should fill the batch, going by the last step. Reads back."""
-        marched = self.max_marched / max(1, int(self.rays.end_marched.numpy()[-1]))
-        kept = self.samples_per_step / max(1, int(self.rays.end_kept.numpy()[-1]))
+        marched = self.max_marched / max(1, int(self.rays.end_marched.numpy()[self.n_rays - 1]))
+        kept = self.samples_per_step / max(1, int(self.rays.end_kept.numpy()[self.n_rays - 1]))
         self.n_rays = min(self.max_rays, max(1, int(FILL * self.n_rays * min(marched, kept))))
 
     def _march(
         self, cameras: Any, sample: int, n_rays: int, begin: int, end: int, background: float, params: wp.array
     ) -> None:
         """Begin rays [begin, end) of n_rays and evaluate the density in the occupied cells along them."""
-        march, device, rays = self.model.march_view(), self.device, self.rays
-        arguments: dict[str, Any] = {"device": device, "range_size": max(64, heavy_range(end - begin))}
+        march, device, rays, n = self.model.march_view(), self.device, self.rays, end - begin
+        arguments: dict[str, Any] = {"device": device, "range_size": heavy_range(n)}
         launch(
             kn.begin_rays,
-            self.max_rays,
-            inputs=[cameras, march, self.seed, sample, n_rays, begin, end, background],
+            n,
+            inputs=[cameras, march, self.seed, sample, n_rays, begin, background],
             outputs=[rays],
             **arguments,
         )
-        wp.utils.array_scan(rays.n_marched, rays.end_marched, inclusive=True)
+        wp.utils.array_scan(rays.n_marched[:n], rays.end_marched[:n], inclusive=True)
         launch(
             kn.write_samples,
-            self.max_rays,
-            inputs=[march, self.max_marched, rays],
+            n,
+            inputs=[march, n, self.max_marched, rays],
             outputs=[self._x, self._dt, self._n_marched],
             **arguments,
         )
         self.model.density.inference(self._x, self._code, params=params, count=self._n_marched)
 
-    def _shade(self, params: wp.array) -> None:
-        """Keep the samples until each ray is opaque and evaluate their colours."""
+    def _shade(self, n: int, params: wp.array) -> None:
+        """Keep the samples until each of the `n` rays is opaque and evaluate their colours."""
         device, rays = self.device, self.rays
-        launch(kn.count_kept, self.max_rays, inputs=[self._code, self._dt], outputs=[rays], device=device)
-        wp.utils.array_scan(rays.n_kept, rays.end_kept, inclusive=True)
+        launch(kn.count_kept, n, inputs=[self._code, self._dt], outputs=[rays], device=device)
+        wp.utils.array_scan(rays.n_kept[:n], rays.end_kept[:n], inclusive=True)
         launch(
             kn.keep_samples,
-            self.max_rays,
-            inputs=[self.samples_per_step, self._x, self._dt, self._code, rays],
+            n,
+            inputs=[n, self.samples_per_step, self._x, self._dt, self._code, rays],
             outputs=[self._kept_x, self._kept_dt, self._color_x, self._n_kept],
             device=device,
         )
         self.model.color.inference(self._color_x, self._color, params=params, count=self._n_kept)
 
-    def _composite(self, loss_otype: str, log_gain: wp.array) -> None:
-        """Composite the colours; losses of the rays and their gradients."""
+    def _composite(self, n: int, loss_otype: str, log_gain: wp.array) -> None:
+        """Composite the colours of `n` rays; their losses and the gradients."""
         launch(
             kn.make_composite(loss_otype),
-            self.max_rays,
-            inputs=[GRADIENT_SCALE / self.n_rays, log_gain, self.rays, self._color_x, self._kept_dt, self._color],
+            n,
+            inputs=[GRADIENT_SCALE / n, log_gain, self.rays, self._color_x, self._kept_dt, self._color],
             outputs=[self._ray_loss, self._dL_dcolor, self._dL_dcolor_x, self._dL_dlog_gain],
             device=self.device,
         )
@@ -262,7 +267,7 @@ class NerfTask:
         launch(
             kn.adjust_exposure,
             self._log_gain.shape[0],
-            inputs=[self.n_rays, self.n_steps, EXPOSURE_RATE, self.rays, self._dL_dlog_gain],
+            inputs=[self.seed, self.n_steps, self.n_rays, EXPOSURE_RATE, self.rays, self._dL_dlog_gain],
             outputs=[self._gain_moments, self._log_gain],
             device=self.device,
             range_size=heavy_range(self._log_gain.shape[0]),
@@ -279,8 +284,8 @@ class NerfTask:
         while begin < N_PROGRESS:
             end = min(N_PROGRESS, begin + n)
             self._march(self._test_cameras, PROGRESS_SAMPLE, N_PROGRESS, begin, end, background, density)
-            self._shade(color)
-            self._composite("L2", self._no_gain)
+            self._shade(end - begin, color)
+            self._composite(end - begin, "L2", self._no_gain)
             if (self.rays.n_marched.numpy()[: end - begin] == kn.DROPPED).any():
                 n = max(1, n // 2)  # fewer at once fit
                 continue
@@ -309,16 +314,10 @@ class NerfTask:
 
     def load_state(self, path: Path, state: dict[str, np.ndarray]) -> None:
         """Restore what `state` gave and the file `path` held. Raises SnapshotError, and then changes nothing."""
-        arrays, taken = self._arrays(), {}
-        for name, array in arrays.items():
-            taken[name] = take_tensor(path, state, name, array.shape, wp.dtype_to_numpy(array.dtype))
-            if taken[name].dtype == np.float32:
-                check_finite(path, name, taken[name])
         n_steps, n_rays = (int(take_tensor(path, state, name, (1,), np.int64)[0]) for name in ("n_steps", "n_rays"))
         if n_steps < 0 or not 1 <= n_rays <= self.max_rays:
             raise SnapshotError(f"{path}: n_steps is {n_steps}, n_rays is {n_rays}")
-        for name, array in arrays.items():
-            array.assign(taken[name])
+        restore(path, state, self._arrays())
         self.n_steps, self.n_rays = n_steps, n_rays
         self.model.occupancy.set_bits()
 
@@ -379,31 +378,30 @@ def evaluate_snapshot(
         SnapshotError: The snapshot cannot be used, or belongs to other views.
         SceneError, ImageError: The views cannot be read.
     """
-    _, config = load_tensors(path, kind=SNAPSHOT_KIND)
-    fit = config.get("fit")
-    if not isinstance(fit, dict) or fit.get("kind") != "nerf" or not isinstance(fit.get("source"), str):
-        raise SnapshotError(f"{path}: fit: not the snapshot of a radiance field with its views")
+    fit = RadianceField.load_fit(path)
     where = fit["source"] if source is None else source
     field = RadianceField.load(path, device)
-    try:
-        views = load_views(where, split="test", holdout=fit["holdout"], downscale=fit["downscale"])
-    except (KeyError, TypeError) as error:
-        raise SnapshotError(f"{path}: fit: incomplete ({error})") from error
+    views = load_views(where, split="test", holdout=fit["holdout"], downscale=fit["downscale"])
     if _digest(views) != fit.get("test_views"):
         raise SnapshotError(f"{path}: fit: test_views are others than those of {where}")
     return evaluate_views(field, views)
 
 
-def scale_l2_reg(optimizer: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The optimizer for gradients that come multiplied by `scale`.
+def scale_optimizer(optimizer: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The optimizer that takes the same steps with gradients multiplied by `scale`; regularisation is part of them.
 
-    Adam's steps do not change with the scale, but its regularisation is part of the gradient.
+    Raises ValueError.
     """
+    parsed = parse_optimizer(optimizer)
     scaled = deepcopy(dict(optimizer))
     inner = scaled
     while "nested" in inner:
         inner = inner["nested"]
-    inner["l2_reg"] = scale * inner.get("l2_reg", 1e-8)
+    inner["l2_reg"] = scale * parsed.l2_reg
+    if parsed.otype == "Adam":
+        inner["epsilon"] = scale * parsed.epsilon
+    else:
+        inner["learning_rate"] = parsed.learning_rate / scale
     return scaled
 
 

@@ -86,7 +86,7 @@ class NerfRenderer:
             crop: Lower and upper corner of the part to look at, in unit-cube space; the field's own by default.
         """
         width, height = camera.size
-        cameras, march = camera.upload(self.device), _march_view(self.field, crop)
+        cameras, march = camera.upload(self.device), self.field.march_view(crop)
         color = np.empty((width * height, 3), np.float32)
         alpha, depth = np.empty(width * height, np.float32), np.empty(width * height, np.float32)
         n_samples = 0
@@ -281,7 +281,7 @@ def extract_mesh(
     Returns:
         Triangles in unit-cube space (`Views.placement` leads back to the data's world); none where nothing is dense.
     """
-    march = _march_view(field, crop)
+    march = field.march_view(crop)
     floor = min(float(kr.EMPTY), float(np.log(density)) - 1.0)
 
     def minus_log_density(points: np.ndarray) -> np.ndarray:
@@ -307,18 +307,6 @@ def extract_mesh(
         ]
     )
     return Surface(surface.vertices, surface.faces, to_bytes(colors), surface.warnings)
-
-
-def _march_view(field: RadianceField, crop: tuple[Any, Any] | None) -> Any:
-    """What to march through, cropped. ValueError for a crop that is no box."""
-    march = field.march_view()
-    if crop is not None:
-        corners = np.asarray(crop, np.float64)
-        if corners.shape != (2, 3) or not (corners[0] < corners[1]).all():
-            raise ValueError(f"crop must be a lower and a higher corner, (2, 3), got {crop!r}")
-        low, high = np.array(march.lower), np.array(march.upper)
-        march.lower, march.upper = (wp.vec3(*(float(v) for v in np.clip(corner, low, high))) for corner in crop)
-    return march
 
 
 def _look(

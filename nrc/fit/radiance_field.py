@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors
 SNAPSHOT_KIND = "nrc.nerf"
 CONE = 1.0 / 256.0  # step length per distance in scenes larger than the unit cube, at 1024 steps
 MAX_AABB_SCALE = 128
+MAX_STEPS = 1 << 14  # along the diagonal of the unit cube
+
+FIT_ENTRIES: dict[str, Callable[[Any], bool]] = {  # of a snapshot that are read again, and what they must be
+    "source": lambda value: isinstance(value, str),
+    "holdout": lambda value: value is None or (isinstance(value, int) and value >= 0),
+    "downscale": lambda value: isinstance(value, int) and value >= 1,
+    "scale": lambda value: 0.0 < float(value) < math.inf,
+    "offset": lambda value: bool(np.isfinite(np.array(value, np.float64).reshape(3)).all()),
+    "rotation": lambda value: bool(np.isfinite(np.array(value, np.float64).reshape(3, 3)).all()),
+}
 
 
 class RadianceField:
@@ -61,8 +71,8 @@ class RadianceField:
     ) -> None:
         if aabb_scale not in [1 << k for k in range(MAX_AABB_SCALE.bit_length())]:
             raise ValueError(f"aabb_scale must be a power of two up to {MAX_AABB_SCALE}, got {aabb_scale!r}")
-        if n_steps < 1:
-            raise ValueError(f"n_steps must be positive, got {n_steps!r}")
+        if not isinstance(n_steps, int) or not 1 <= n_steps <= MAX_STEPS:
+            raise ValueError(f"n_steps must be a whole number from 1 to {MAX_STEPS}, got {n_steps!r}")
         if not 0.0 <= near < math.inf:
             raise ValueError(f"near must be a distance, got {near!r}")
         self.config, self.aabb_scale, self.near, self.seed = config, aabb_scale, near, seed
@@ -75,23 +85,20 @@ class RadianceField:
         self.density_params, self.color_params = self.density.params, self.color.params
         self.occupancy = Occupancy(aabb_scale, self.device)
         half = 0.5 * aabb_scale
-        box = np.array([[0.5 - half] * 3, [0.5 + half] * 3])
-        self.crop = box if crop is None else np.asarray(crop, np.float64)
-        if self.crop.shape != (2, 3) or not np.isfinite(self.crop).all() or (self.crop[0] >= self.crop[1]).any():
-            raise ValueError(f"crop must be a lower and a higher corner, (2, 3), got {crop!r}")
-        self.crop = np.clip(self.crop, *box)
+        self.crop = crop_box(np.array([[0.5 - half] * 3, [0.5 + half] * 3]), crop)
 
     @property
     def n_params(self) -> int:
         """Trained numbers."""
         return self.density.n_params + self.color.n_params
 
-    def march_view(self) -> Any:
-        """What the functions of `nrc.kernels.nerf` march through, as of now."""
+    def march_view(self, crop: Any = None) -> Any:
+        """What the functions of `nrc.kernels.nerf` march through, as of now, within another `crop` too."""
         view = kn.MarchView()
         view.bits = self.occupancy.bits
         view.n_cascades = self.occupancy.n_cascades
-        view.lower, view.upper = (wp.vec3(*(float(value) for value in corner)) for corner in self.crop)
+        corners = crop_box(self.crop, crop)
+        view.lower, view.upper = (wp.vec3(*(float(value) for value in corner)) for corner in corners)
         view.scene_lower = wp.vec3(0.5 - 0.5 * self.aabb_scale)
         view.inverse_size = 1.0 / self.aabb_scale
         view.near = self.near
@@ -153,6 +160,26 @@ class RadianceField:
         field.occupancy.set_bits()
         return field
 
+    @staticmethod
+    def load_fit(path: str | PathLike[str]) -> dict[str, Any]:
+        """The entry `fit` that `NerfTask.save` wrote: where the views are, and how the field lies in their world.
+
+        Raises:
+            SnapshotError: As `load`, or an entry is missing or of the wrong type.
+        """
+        _, config = load_tensors(path, kind=SNAPSHOT_KIND)
+        fit = config.get("fit")
+        if not isinstance(fit, dict) or fit.get("kind") != "nerf":
+            raise SnapshotError(f"{path}: fit: not the snapshot of a radiance field with its views")
+        for name, is_right in FIT_ENTRIES.items():
+            try:
+                right = is_right(fit[name])
+            except (KeyError, TypeError, ValueError):
+                right = False
+            if not right:
+                raise SnapshotError(f"{path}: fit: {name} is {fit.get(name)!r}")
+        return fit
+
     def arrays(self) -> dict[str, wp.array]:
         """Trained parameters and occupancy by their names in a snapshot."""
         return {
@@ -168,12 +195,36 @@ class RadianceField:
         return kernels | {"marching": kn.begin_rays, "occupancy": ko.set_bits}
 
 
+def crop_box(box: np.ndarray, crop: Any) -> np.ndarray:
+    """Corners of what a box and a crop have in common; of the box for None.
+
+    Raises ValueError unless the crop is two finite corners (2, 3) of a box that overlaps the other.
+    """
+    if crop is None:
+        return box
+    corners = np.asarray(crop, np.float64)
+    if corners.shape != (2, 3) or not np.isfinite(corners).all() or (corners[0] >= corners[1]).any():
+        raise ValueError(f"crop must be a lower and a higher corner, (2, 3), got {crop!r}")
+    corners = np.clip(corners, *box)
+    if (corners[0] >= corners[1]).any():
+        raise ValueError(f"crop must overlap the box {box.tolist()}, got {crop!r}")
+    return corners
+
+
 def _color_inputs(config: FitConfig) -> dict[str, Any]:
-    """Encoding of the colour network's inputs."""
+    """Encoding of the colour network's inputs.
+
+    Instant-NGP's directions are a Composite whose first entry encodes them, and whose second, latent codes that there
+    are none of.
+    """
     if config.dir_encoding is None or config.rgb_network is None:
         raise ValueError("a radiance field needs dir_encoding and rgb_network")
+    direction: Mapping[Any, Any] = config.dir_encoding
+    match direction:
+        case {"otype": "Composite", "nested": [{"n_dims_to_encode": 3, **first}, *_]}:
+            direction = first
     code = {"otype": "Identity", "n_dims_to_encode": kn.N_CODE}
-    return {"otype": "Composite", "nested": [code, {**config.dir_encoding, "n_dims_to_encode": 3}]}
+    return {"otype": "Composite", "nested": [code, {**direction, "n_dims_to_encode": 3}]}
 
 
 def _n_params(config: FitConfig) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -81,7 +82,13 @@ def fit(
     source = Path(source)
     if kind == "image" and settings.get("encoding") == "acorn":
         kind = settings.pop("encoding")
-    task = getattr(import_module(f"nrc.fit.{kind}"), TASKS[kind])(source, **settings)
+    make_task = getattr(import_module(f"nrc.fit.{kind}"), TASKS[kind])
+    for name in settings:
+        if name not in inspect.signature(make_task).parameters:
+            raise FitError(f"{name} does not apply to a fit of kind {kind}")
+    if settings.get("seed", 0) < 0:
+        raise FitError(f"seed must not be negative, got {settings['seed']}")
+    task = make_task(source, **settings)
     for warning in task.warnings:
         say(f"warning: {warning}")
     folder = Path(f"{source.resolve().stem}_fit") if out is None else Path(out)
@@ -112,7 +119,7 @@ def evaluate(
     path = Path(snapshot)
     _, config = load_tensors(path, kind=SNAPSHOT_KINDS)
     entry = config.get("fit")
-    if not isinstance(entry, dict) or entry.get("kind") not in TASKS:
+    if not isinstance(entry, dict) or str(entry.get("kind")) not in TASKS:
         raise FitError(f"{path}: fit: the snapshot holds a field that no fit wrote, nothing to compare it with")
     measures = import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
     training = {name: entry.get(name) for name in ("seconds", "steps", "n_params")}

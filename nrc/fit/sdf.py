@@ -16,13 +16,15 @@ import numpy as np
 import warp as wp
 
 from nrc.field import SNAPSHOT_KIND, Field
+from nrc.fit.job import TASK_STEPS, steps_of
 from nrc.fit.mesh_distance import MeshDistance
 from nrc.fit.settings import make_config
 from nrc.fit.surface import Surface, chamfer, extract_surface, mesh_iou, overlap, write_surface
 from nrc.image import write_image
 from nrc.kernels import sdf
 from nrc.launch import heavy_range, launch, resolve_device
-from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
+from nrc.optimizer import restore
+from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors
 from nrc.trainer import Trainer
 
 FINEST = 2048  # resolution of the finest level
@@ -38,6 +40,7 @@ MAX_STEPS, CLOSE = 96, 2e-4  # of sphere tracing
 NORMAL_STEP = 5e-4  # of the differences that normals come from
 LEAST_IOU = 0.9  # below, the zero level is mostly noise inside the box: too many triangles to measure or to keep
 BACKGROUND = 0.75  # linear
+ROUNDING = 1e-6  # of the corners of a box
 VIEW = (0.55, 0.35, 1.0)  # from the mesh's centre to the camera; y is up
 
 
@@ -164,30 +167,18 @@ class SdfTask:
 
     def state(self) -> dict[str, np.ndarray]:
         """Optimizer, pool and number of steps."""
-        arrays = {f"optimizer.{name}": array.numpy() for name, array in self.trainer.optimizer.state_arrays().items()}
-        return arrays | {
-            "pool_x": self._pool_x.numpy(),
-            "pool_distance": self._pool_distance.numpy(),
-            "n_steps": np.array([self.n_steps], np.int64),
-        }
+        arrays = {name: array.numpy() for name, array in self._arrays().items()}
+        return arrays | {TASK_STEPS: np.array([self.n_steps], np.int64)}
 
     def load_state(self, path: Path, state: dict[str, np.ndarray]) -> None:
         """Restore what `state` gave and the file `path` held. Raises SnapshotError, and then changes nothing."""
-        arrays = {f"optimizer.{name}": array for name, array in self.trainer.optimizer.state_arrays().items()}
-        arrays["pool_x"], arrays["pool_distance"] = self._pool_x, self._pool_distance
-        taken = {}
-        for name, array in arrays.items():
-            shape = (*array.shape, 3) if name == "pool_x" else array.shape
-            dtype = np.float32 if name == "pool_x" else wp.dtype_to_numpy(array.dtype)
-            taken[name] = take_tensor(path, state, name, shape, dtype)
-            if taken[name].dtype == np.float32:
-                check_finite(path, name, taken[name])
-        n_steps = int(take_tensor(path, state, "n_steps", (1,), np.int64)[0])
-        if n_steps < 0:
-            raise SnapshotError(f"{path}: n_steps is {n_steps}")
-        for name, array in arrays.items():
-            array.assign(taken[name])
+        n_steps = steps_of(path, state)
+        restore(path, state, self._arrays())
         self.n_steps = n_steps
+
+    def _arrays(self) -> dict[str, wp.array]:
+        pool = {"pool_x": self._pool_x, "pool_distance": self._pool_distance}
+        return self.trainer.optimizer.state_arrays() | pool
 
     def save(self, path: Path, training: dict[str, Any]) -> None:
         """Write the averaged weights, which `nrc.Field.load` reads, and where the mesh is and how it was scaled."""
@@ -262,15 +253,15 @@ def evaluate_snapshot(
         SnapshotError: The snapshot cannot be used, or belongs to another mesh.
         SurfaceError: The mesh cannot be read.
     """
-    field, fit = _load(path, device)
+    field, fit = load_fit(path, device)
     target = MeshDistance(fit["source"] if source is None else source, field.device, fit["seed"])
     if target.sha256 != fit["sha256"]:
         raise SnapshotError(f"{path}: fit: sha256 is of another mesh than {source or fit['source']}")
     return _measure(field, field.params, target)
 
 
-def _load(path: str | PathLike[str], device: Any) -> tuple[Field, dict[str, Any]]:
-    """The field in a snapshot of `SdfTask`, and where its mesh is and lies."""
+def load_fit(path: str | PathLike[str], device: Any = None) -> tuple[Field, dict[str, Any]]:
+    """The field in a snapshot of `SdfTask`, and where its mesh is and lies. Raises SnapshotError."""
     _, config = load_tensors(path, kind=SNAPSHOT_KIND)
     fit = config.get("fit")
     if not isinstance(fit, dict) or fit.get("kind") != "sdf":
@@ -280,8 +271,13 @@ def _load(path: str | PathLike[str], device: Any) -> tuple[Field, dict[str, Any]
             raise SnapshotError(f"{path}: fit: {name} must be of type {types.__name__}, got {fit.get(name)!r}")
     for name in ("lower", "upper", "offset"):
         value = fit.get(name)
-        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value)):
+        if not (isinstance(value, list) and len(value) == 3 and all(type(x) is float for x in value)):
             raise SnapshotError(f"{path}: fit: {name} must be three numbers, got {value!r}")
+    box = zip(fit["lower"], fit["upper"], strict=True)
+    if not (np.isfinite([fit["scale"], *fit["offset"]]).all() and fit["scale"] > 0.0):
+        raise SnapshotError(f"{path}: fit: scale {fit['scale']} and offset {fit['offset']} place no mesh")
+    if not all(-ROUNDING <= a < b <= 1.0 + ROUNDING for a, b in box):
+        raise SnapshotError(f"{path}: fit: lower {fit['lower']} and upper {fit['upper']} are no box in the unit cube")
     field = Field.load(path, device)
     if (field.n_input_dims, field.n_output_dims) != (3, 1):
         raise SnapshotError(f"{path}: a distance has 3 inputs and 1 output, not those of {fit['source']}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import warp as wp
 
-from nrc.config import one_of
+from nrc.config import one_of, parse_encoding
 
 Task = Literal["image", "sdf", "nerf"]
 ENCODINGS = ("hash", "none", "frequency", "dense", "dense-multi")
@@ -120,12 +120,18 @@ def make_config(
             raise ValueError(f"{name} must be a JSON object, got {config[name]!r}")
         blocks[name] = deepcopy(dict(config[name]))
     blocks["encoding"] |= grid
+    parse_encoding(blocks["encoding"], n_input_dims, 0)  # before anything is computed from it
     _end_at(blocks["encoding"], finest)
     if batch_size is None:
         batch_size = config.get("batch_size", defaults.batch_size_cpu if device.is_cpu else defaults.batch_size)
+    check_batch_size(batch_size)
+    return FitConfig(**blocks, batch_size=batch_size)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raise ValueError unless `batch_size` is a positive whole number."""
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
-    return FitConfig(**blocks, batch_size=batch_size)
 
 
 def ignored_blocks(config: Mapping[str, Any]) -> list[str]:
@@ -199,5 +205,5 @@ def _end_at(encoding: dict[str, Any], finest: float) -> None:
         if alias in encoding:
             n_levels = encoding[alias] // encoding.get("n_features_per_level", 2)
     base = encoding.get("base_resolution", BASE_RESOLUTION)
-    if n_levels > 1:
+    if n_levels > 1 and base > 0:  # the grid itself refuses others
         encoding["per_level_scale"] = math.exp(math.log(max(finest, base) / base) / (n_levels - 1))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import trimesh
 import warp as wp
+from warp.geometry import IsoSurfaceMarchingCubes
 
 from nrc.files import write_atomically
 from nrc.kernels.sdf import query_distance
@@ -215,7 +216,7 @@ def extract_surface(
             seam = seam[:0]
             continue
         grid: Any = wp.array(slab, dtype=float, device=run)
-        found, corners = wp.MarchingCubes.extract(grid, level)
+        found, corners = IsoSurfaceMarchingCubes.extract(grid, level)
         known, n_on_last = _edges_on_first(slab >= level), np.count_nonzero(_crossed(slab[-1] >= level))
         vertices = found.numpy().astype(np.float64)
         vertices[:, 0] += begin

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -69,14 +70,12 @@ def sweep(
     rows: list[dict[str, Any]] = []
     for i, (grid, run) in enumerate(zip(grids, runs, strict=True), 1):
         done = run / "result.json"
-        if done.is_file():
-            result = json.loads(done.read_text())
-        else:
+        result = json.loads(done.read_text()) if done.is_file() else {"interrupted": True}
+        if result["interrupted"]:
             cut_off = (run / "checkpoint.safetensors").is_file()
             budget: dict[str, Any] = {"steps": steps, "seconds": seconds, "resume": cut_off}
             result = fit(kind, source, out=run, grid=grid, progress=progress, say=say, **budget, **settings)
             if result["interrupted"]:
-                done.unlink(missing_ok=True)
                 say(f"interrupted in run {i} of {len(grids)}; --resume continues there")
                 break
         rows.append(grid | {name: result.get(name) for name in MEASURES})
@@ -160,7 +159,8 @@ def draw_sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         left.set_yscale("log")
     lines: dict[tuple[int, int], list[tuple[Mapping[str, Any], float]]] = {}
     for row in rows:
-        y = max(1.0 - row[quality], 1e-6) if quality == "iou" else row[quality]
+        y = math.nan if row[quality] is None else row[quality]
+        y = max(1.0 - y, 1e-6) if quality == "iou" else y
         lines.setdefault((row["n_features_per_level"], row["n_levels"]), []).append((row, y))
     for i, ((n_features, n_levels), points) in enumerate(sorted(lines.items())):
         style: dict[str, Any] = {"marker": "osD^v<>*"[i % 8], "color": f"C{i % 10}", "markersize": 5}

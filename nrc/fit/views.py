@@ -74,7 +74,6 @@ class Camera:
             np.array([self.center]),
             np.array([self.distortion]),
             np.array([self.model]),
-            has_alpha=False,
             device=device,
         )
 
@@ -151,7 +150,6 @@ class Views:
             self.center,
             self.distortion,
             self.model,
-            has_alpha=self.has_alpha,
             device=device,
         )
 
@@ -371,7 +369,6 @@ def _upload(
     distortion: np.ndarray,
     model: np.ndarray,
     *,
-    has_alpha: bool,
     device: wp.Device,
 ) -> CamerasView:
     def array(values: np.ndarray, dtype: object) -> wp.array:
@@ -389,5 +386,4 @@ def _upload(
     view.distortion = array(distortion, vec6)
     view.model = array(model, int)
     view.n_images = len(first_pixel)
-    view.has_alpha = int(has_alpha)
     return view

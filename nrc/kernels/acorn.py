@@ -1,7 +1,7 @@
 """Adaptive coordinate networks: blocks of features that an encoder's last layer computes and points interpolate.
 
 Martel et al. 2021, "ACORN: Adaptive Coordinate Networks for Neural Scene Representation". The last layer of the
-encoder turns 256 hidden values into thousands of features per block, more outputs than the networks of `network.py`
+encoder turns its hidden values into thousands of features per block, more outputs than the networks of `network.py`
 are made for; it is the linear map here, with its gradients and its Adam step. Cells of a block's grid lie one after
 the other in rows, four to a chunk.
 """

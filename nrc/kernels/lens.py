@@ -33,7 +33,6 @@ class CamerasView:
     distortion: wp.array[vec6]  # (n,) k1, k2, k3, k4, p1, p2
     model: wp.array[int]  # (n,) PINHOLE, OPENCV or OPENCV_FISHEYE
     n_images: int
-    has_alpha: int
 
 
 @wp.func

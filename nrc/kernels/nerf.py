@@ -31,8 +31,10 @@ N_COLOR_INPUTS = N_CODE + 3
 MIN_TRANSMITTANCE = wp.constant(1e-4)  # where a ray stops
 MAX_LOG_DENSITY = wp.constant(15.0)
 TINY = wp.constant(1e-12)
+FARTHEST_STEP = wp.constant(4194304.0)  # 2^22: the shortest steps from there on are rounded to half their length
 MAX_SAMPLES = 1024  # of a ray in training
 DROPPED = -1
+SUM_RAYS = 256  # whose losses one thread adds up
 
 
 @wp.struct
@@ -69,7 +71,10 @@ class RaysView:
 
 @wp.func
 def enter_box(march: MarchView, o: wp.vec3, d: wp.vec3):
-    """Distances at which a ray enters and leaves the box; the first is not below the second where it misses."""
+    """Distances at which a ray enters and leaves the box; the first is not below the second where it misses.
+
+    A box so far away that steps would be lost in rounding is missed.
+    """
     t0 = march.near
     t1 = float(1e10)
     for a in range(3):
@@ -78,6 +83,8 @@ def enter_box(march: MarchView, o: wp.vec3, d: wp.vec3):
         tb = (march.upper[a] - o[a]) * inverse
         t0 = wp.max(t0, wp.min(ta, tb))
         t1 = wp.min(t1, wp.max(ta, tb))
+    if t1 > FARTHEST_STEP * march.min_step:
+        t1 = t0
     return t0, t1
 
 
@@ -154,16 +161,29 @@ def march_next(march: MarchView, o: wp.vec3, d: wp.vec3, t_start: float, t_end: 
 
 
 @wp.func
+def first_image(seed: int, step: int, n_images: int) -> int:
+    """The image of a step's first rays."""
+    return wp.min(int(rng_float(rng_next(rng_init(seed, step, -1))) * float(n_images)), n_images - 1)
+
+
+@wp.func
+def first_ray(part: int, n_images: int, n_rays: int) -> int:
+    """The first ray i with i * n_images // n_rays == part; the rays of a part are those of one image."""
+    return int((wp.int64(part) * wp.int64(n_rays) + wp.int64(n_images - 1)) / wp.int64(n_images))
+
+
+@wp.func
 def draw_pixel(cameras: CamerasView, seed: int, step: int, i: int, n_rays: int):
     """Image and pixel (column, row) of ray `i`: rays are spread evenly over the images, and over each image.
 
-    An image's rays lie in equal parts of a Morton curve, so that neighbours in the batch pass near each other.
+    They begin with an image at random: none is always left out, where there are more images than rays, or where the
+    last rays do not fit. An image's rays lie in equal parts of a Morton curve, so that neighbours in the batch pass
+    near each other.
     """
     n_images = cameras.n_images
-    image = int(wp.int64(i) * wp.int64(n_images) / wp.int64(n_rays))
-    # Rays of this image: those i with i * n_images // n_rays == image
-    begin = int((wp.int64(image) * wp.int64(n_rays) + wp.int64(n_images - 1)) / wp.int64(n_images))
-    end = int((wp.int64(image + 1) * wp.int64(n_rays) + wp.int64(n_images - 1)) / wp.int64(n_images))
+    part = int(wp.int64(i) * wp.int64(n_images) / wp.int64(n_rays))
+    begin = first_ray(part, n_images, n_rays)
+    end = first_ray(part + 1, n_images, n_rays)
     u = rng_float(rng_next(rng_init(seed, step, i)))
     place = (float(i - begin) + u) / float(end - begin)
     # 20 bits of the curve from the ray's part, and 10 + 10 more at random
@@ -171,6 +191,7 @@ def draw_pixel(cameras: CamerasView, seed: int, step: int, i: int, n_rays: int):
     fine = int(rng_uint(rng_next(rng_next(rng_init(seed, step, i)))) >> wp.uint32(12))
     x = float((gather_even(code) << 10) | (fine & 1023)) / 1048576.0
     y = float((gather_even(code >> 1) << 10) | (fine >> 10)) / 1048576.0
+    image = (part + first_image(seed, step, n_images)) % n_images
     width = cameras.size[image][0]
     height = cameras.size[image][1]
     return image, wp.min(int(x * float(width)), width - 1), wp.min(int(y * float(height)), height - 1)
@@ -197,16 +218,12 @@ def begin_rays(
     step: int,
     n_rays: int,  # of the step
     begin: int,  # the first of them to draw
-    end: int,  # behind the last
     fixed_background: float,  # grey behind transparent pixels; negative for a colour at random
     # Out
     rays: RaysView,
 ):
     """Draw pixels with a background and count their samples in occupied cells. One thread per ray."""
     i = first + wp.tid()
-    if begin + i >= end:
-        rays.n_marched[i] = 0
-        return
     image, column, row = draw_pixel(cameras, seed, step, begin + i, n_rays)
     color = camera_pixel(cameras, image, column, row)
     state = rng_next(rng_next(rng_next(rng_init(seed, step, begin + i))))
@@ -240,6 +257,7 @@ def write_samples(
     # Scene
     march: MarchView,
     # Params
+    n_rays: int,
     capacity: int,
     # In
     rays: RaysView,
@@ -257,7 +275,7 @@ def write_samples(
         if i == 0:
             out_count[0] = 0
         return
-    if i + 1 == rays.n_marched.shape[0]:
+    if i + 1 == n_rays:
         out_count[0] = end
     elif rays.end_marched[i + 1] > capacity:
         out_count[0] = end
@@ -298,6 +316,7 @@ def count_kept(
 def keep_samples(
     first: int,
     # Params
+    n_rays: int,
     capacity: int,
     # In
     x: wp.array[wp.vec3],  # (samples)
@@ -321,7 +340,7 @@ def keep_samples(
         if i == 0:
             out_count[0] = 0
         return
-    if i + 1 == rays.n_kept.shape[0]:
+    if i + 1 == n_rays:
         out_count[0] = end
     elif rays.end_kept[i + 1] > capacity:
         out_count[0] = end
@@ -417,24 +436,41 @@ def sum_loss(
     rays: RaysView,
     loss: wp.array[float],  # (rays)
     # Out
+    out_sums: wp.array[wp.vec2],  # (ceil(n_rays / SUM_RAYS)) of losses, and number, of the rays that fit
+):
+    """Add up the losses of the rays that fit. One thread per SUM_RAYS rays."""
+    k = first + wp.tid()
+    sum = wp.vec2()
+    for i in range(k * SUM_RAYS, wp.min((k + 1) * SUM_RAYS, n_rays)):
+        if rays.n_marched[i] >= 0:
+            sum += wp.vec2(loss[i], 1.0)
+    out_sums[k] = sum
+
+
+@wp.kernel
+def mean_loss(
+    first: int,
+    # Params
+    n_sums: int,
+    # In
+    sums: wp.array[wp.vec2],  # (n_sums) as of `sum_loss`
+    # Out
     out_loss: wp.array[float],  # (1)
 ):
     """Mean loss of the rays that fit. A single thread."""
-    sum = float(0.0)
-    n = int(0)
-    for i in range(n_rays):
-        if rays.n_marched[i] >= 0:
-            sum += loss[i]
-            n += 1
-    out_loss[0] = sum / float(wp.max(n, 1))
+    sum = wp.vec2()
+    for k in range(n_sums):
+        sum += sums[k]
+    out_loss[0] = sum[0] / wp.max(sum[1], 1.0)
 
 
 @wp.kernel
 def adjust_exposure(
     first: int,
     # Params
+    seed: int,
+    step: int,  # from 0
     n_rays: int,
-    step: int,  # from 1
     learning_rate: float,
     # In
     rays: RaysView,
@@ -445,11 +481,14 @@ def adjust_exposure(
 ):
     """Step an image's exposure with Adam (beta 0.9, 0.99), along the sum over its rays. One thread per image."""
     image = first + wp.tid()
+    n_images = log_gain.shape[0]
+    part = (image + n_images - first_image(seed, step, n_images)) % n_images
     gradient = wp.vec3()
-    for i in range(n_rays):
-        if rays.image[i] == image and rays.n_marched[i] >= 0:
+    for i in range(first_ray(part, n_images, n_rays), first_ray(part + 1, n_images, n_rays)):
+        if rays.n_marched[i] >= 0:
             gradient += wp.vec3(dL_dlog_gain[i, 0], dL_dlog_gain[i, 1], dL_dlog_gain[i, 2])
-    correction = wp.sqrt(1.0 - wp.pow(0.99, float(step))) / (1.0 - wp.pow(0.9, float(step)))
+    n = float(step + 1)
+    correction = wp.sqrt(1.0 - wp.pow(0.99, n)) / (1.0 - wp.pow(0.9, n))
     for k in range(3):
         m = 0.9 * moments[image, k] + 0.1 * gradient[k]
         v = 0.99 * moments[image, 3 + k] + 0.01 * gradient[k] * gradient[k]

@@ -24,6 +24,7 @@ class Strata:
     seed: int
     first_row: int
     n_rows: int
+    n_strata: int  # fewer than rows only in a window of fewer pixels, whose rows go through them in turn
     x0: int  # window [px]
     y0: int
     width: int
@@ -123,9 +124,10 @@ def make_draw_pixels(dtype: type, n_channels: int):
         out_x: wp.array2d[float],  # (rows, 2) in [0, 1]
         out_y: wp.array2d[float],  # (rows, n_channels)
     ):
-        """Write the coordinates and values of one pixel per stratum. One thread per row."""
+        """Write the coordinates and values of a stratum's pixel. One thread per row."""
         i = first + wp.tid()
-        p = stratum_pixel(i, step, strata)
+        turn = wp.int64(step) * wp.int64(strata.n_rows) + wp.int64(i)
+        p = stratum_pixel(int(turn % wp.int64(strata.n_strata)), step, strata)
         row = strata.first_row + i
         out_x[row, 0] = coordinate(wp.float64(p[0]) + wp.float64(0.5), inverse_size)
         out_x[row, 1] = coordinate(wp.float64(p[1]) + wp.float64(0.5), inverse_size)
