@@ -39,13 +39,13 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         parser.set_defaults(run=_fit, kind=kind)
 
     evaluation = commands.add_parser("eval", help="measure a snapshot of `nrc fit` again")
-    evaluation.add_argument("snapshot", type=Path)
+    evaluation.add_argument("snapshot", type=Path, help="file, or folder of the run")
     evaluation.add_argument("--source", type=Path, help="image, mesh or folder, where it is not where it was")
     add_device(evaluation)
     evaluation.set_defaults(run=_evaluate)
 
     exported = commands.add_parser("export", help="crop, mesh, view or frames from a snapshot of `nrc fit`")
-    exported.add_argument("snapshot", type=Path)
+    exported.add_argument("snapshot", type=Path, help="file, or folder of the run")
     exported.add_argument(
         "--out", type=Path, required=True, help="picture, mesh (.ply, .obj, .glb) or folder of frames"
     )
@@ -143,7 +143,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     use_threads(arguments)
     result = export(**{name: value for name, value in _options(arguments).items() if value is not None})
-    say(", ".join(f"{name} {value}" for name, value in result.items()))
+    about = ", ".join(f"{name} {value}" for name, value in result.items() if name not in ("kind", "out"))
+    say(f"{result['out']}: {about}" if about else result["out"])
     return result
 
 
@@ -155,7 +156,9 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.config is not None:
         options["config"] = _read_config(arguments.config)
     options.setdefault("out", Path(f"{arguments.source.resolve().stem}_sweep"))
-    return {"out": str(options["out"]), "rows": sweep(**options)}
+    rows = sweep(**options)
+    say(f"table.csv, table.md and plot.png are in {options['out']}")
+    return {"out": str(options["out"]), "rows": rows}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

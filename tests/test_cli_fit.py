@@ -73,7 +73,7 @@ def test_image_is_fitted_evaluated_and_exported(capsys):
     assert fitted["out"] == "p_fit" and fitted["steps"] == 300 and fitted["psnr"] > 30.0
     assert json.loads(Path("p_fit/result.json").read_text()) == fitted
     snapshot = Path("p_fit/snapshot.safetensors")
-    again = run(capsys, "eval", snapshot, *CPU)
+    again = run(capsys, "eval", "p_fit", *CPU)  # a run's folder stands for its snapshot
     for key in ALL_KEYS | {"psnr", "ssim"}:
         assert again[key] == fitted[key]
     run(capsys, "export", snapshot, "--region", 10, 4, 30, 20, "--out", "crop.png", *CPU)
@@ -219,6 +219,11 @@ def test_options_that_do_not_fit_are_one_line(capsys):
     field.save("field.safetensors")
     assert "no fit wrote" in refused(capsys, "eval", "field.safetensors")
     run(capsys, "fit", "image", "p.png", "--steps", 1, *write_config())
+    line = refused(capsys, "fit", "image", "p.png", "--steps", 2, "--resume", "--config", "small.json", "--seed", 3)
+    assert "belongs to another run: seed (1337 there, 3 here)" in line
+    Path("p.png").rename("moved.png")
+    assert "--source says where it is now" in refused(capsys, "eval", "p_fit")
+    Path("moved.png").rename("p.png")
     line = refused(capsys, "export", "p_fit/snapshot.safetensors", "--resolution", 3, "--out", "x.ply")
     assert "resolution does not apply" in line
     assert "inside 48x32" in refused(

@@ -37,7 +37,7 @@ def test_sweep_runs_every_combination_and_resumes(picture, tmp_path, monkeypatch
     assert sizes == [(10, 1, 4), (10, 2, 4), (12, 1, 4), (12, 2, 4)]
     assert all(row["steps"] == 12 and row["psnr"] > 5.0 for row in rows)
     assert rows[0]["n_params"] < rows[1]["n_params"] and len(set(row["n_params"] for row in rows)) > 2
-    assert [line[:3] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line[:3] for line in lines if "/4 " in line] == ["1/4", "2/4", "3/4", "4/4"]
     table = read_table(tmp_path / "whole")
     assert list(table[0]) == list(COLUMNS) and [float(row["psnr"]) for row in table] == [row["psnr"] for row in rows]
 

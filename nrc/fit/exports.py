@@ -18,12 +18,11 @@ from nrc.fit.frame import Placement
 from nrc.fit.job import FitError
 from nrc.fit.nerf_render import NerfRenderer, extract_mesh, to_bytes
 from nrc.fit.radiance_field import RadianceField
-from nrc.fit.run import SNAPSHOT_KINDS
+from nrc.fit.run import read_snapshot
 from nrc.fit.surface import WRITE_EXTENSIONS, Surface, write_surface
 from nrc.fit.views import load_views
 from nrc.image import FLOAT_EXTENSIONS, srgb_decode, write_exr, write_image
 from nrc.launch import resolve_device
-from nrc.snapshot import load_tensors
 
 DEFAULT_RESOLUTION = 256  # cells of a mesh's grid along its longest side
 DEFAULT_SIZE = (640, 480)  # of frames [px]
@@ -35,7 +34,7 @@ def export(
     """Write something to look at, or to use elsewhere, from a snapshot of a fit.
 
     Args:
-        snapshot: File that a fit wrote.
+        snapshot: File that a fit wrote, or the folder of its run.
         out: Where to write. Of an image: .png, .exr, .hdr. Of a distance: a mesh (.ply, .obj, .glb), or the shaded
             picture (.png). Of a radiance field: a mesh, a picture of a view (.png, or .exr with alpha and depth), or,
             with `camera_path`, a folder of numbered frames.
@@ -47,8 +46,8 @@ def export(
     Raises:
         ValueError: A snapshot, option or file that cannot be used.
     """
-    path, out = Path(snapshot), Path(out)
-    _, config = load_tensors(path, kind=SNAPSHOT_KINDS)
+    path, config = read_snapshot(snapshot)
+    out = Path(out)
     fit = config.get("fit")
     kind = str(fit.get("kind")) if isinstance(fit, dict) else "no fit"
     writers: dict[str, Callable[..., dict[str, Any]]] = {"image": export_image, "sdf": export_sdf, "nerf": export_nerf}
@@ -57,7 +56,7 @@ def export(
     known = inspect.signature(writers[kind]).parameters
     for name in options:
         if name not in known:
-            raise FitError(f"{name} does not apply to the snapshot of a {kind} fit, {path}")
+            raise FitError(f"{name} does not apply to a snapshot of kind {kind}, {path}")
     return {"kind": kind, "out": str(out), **writers[kind](path, out, resolve_device(device), **options)}
 
 
@@ -127,6 +126,8 @@ def export_nerf(
         return _write_mesh(out, Surface(vertices, surface.faces, surface.colors))
     renderer = NerfRenderer(field)
     if camera_path is not None:
+        if out.suffix:
+            raise FitError(f"{out}: frames along a camera path are numbered pictures; name a folder for them")
         size = width or DEFAULT_SIZE[0], height or DEFAULT_SIZE[1]
         cameras = read_camera_path(camera_path, placement).cameras(frames, *size)
         files = write_frames(cameras, lambda camera: to_bytes(renderer.render(camera, crop=crop).over(background)), out)

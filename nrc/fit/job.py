@@ -143,12 +143,9 @@ class FitJob:
         try:
             state, config = load_tensors(path, kind=CHECKPOINT_KIND)
             theirs = config["identity"]
-            differing = sorted(key for key in self.identity | theirs if self.identity.get(key) != theirs.get(key))
+            differing = _differences(theirs, self.identity)
             if differing:
-                listed = ", ".join(
-                    f"{key} ({theirs.get(key)} there, {self.identity.get(key)} here)" for key in differing
-                )
-                raise FitError(f"{path}: belongs to another run: {listed}")
+                raise FitError(f"{path}: belongs to another run: {', '.join(differing)}")
             seconds, metrics = float(config["seconds"]), config["metrics"]
             if not (math.isfinite(seconds) and seconds >= 0.0 and _are_metrics(metrics)):
                 raise FitError(f"{path}: seconds or metrics are not those of a run")
@@ -306,6 +303,16 @@ def steps_of(path: str | PathLike[str], state: Mapping[str, np.ndarray]) -> int:
 def _as_json(value: Any) -> Any:
     """`value` as JSON gives it back; null for NaN and infinity."""
     return json.loads(json.dumps(value), parse_constant=lambda _name: None)
+
+
+def _differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
+    """What differs between two values as JSON has them, by the path of its keys; digests are not spelled out."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = [key for key in theirs | mine if theirs.get(key) != mine.get(key)]
+        inner = [_differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip(".")) for key in keys]
+        return [line for lines in inner for line in lines]
+    is_digest = isinstance(mine, str) and len(mine) == 64
+    return [name if is_digest else f"{name} ({theirs} there, {mine} here)"]
 
 
 def _are_metrics(value: Any) -> bool:

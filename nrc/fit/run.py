@@ -98,8 +98,15 @@ def fit(
     prepare(task.kernels(), task.device)
     if job.is_spent(steps, seconds):
         say(f"already at {task.n_steps} steps and {job.seconds:.1f} s: nothing left to train")
+    elif not resume and job.checkpoint.is_file():
+        say(f"warning: {folder} holds another run, which this one replaces; --resume would go on with it")
     job.run(steps=steps, seconds=seconds, progress=progress)
-    return job.finish()
+    if not job.interrupted:
+        say(f"step {task.n_steps} after {job.seconds:.1f} s of training; measuring and drawing ...")
+    result = job.finish()
+    if kind == "sdf" and not job.interrupted and result["chamfer"] is None:
+        say("warning: the zero level is still mostly noise: no mesh was extracted, nothing was compared with it")
+    return result
 
 
 def evaluate(
@@ -116,14 +123,27 @@ def evaluate(
     Raises:
         ValueError: A snapshot or source that cannot be used; the message names file and field.
     """
-    path = Path(snapshot)
-    _, config = load_tensors(path, kind=SNAPSHOT_KINDS)
+    path, config = read_snapshot(snapshot)
     entry = config.get("fit")
     if not isinstance(entry, dict) or str(entry.get("kind")) not in TASKS:
         raise FitError(f"{path}: fit: the snapshot holds a field that no fit wrote, nothing to compare it with")
-    measures = import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
+    try:
+        measures = import_module(f"nrc.fit.{entry['kind']}").evaluate_snapshot(path, source=source, device=device)
+    except ValueError as error:
+        where = str(entry.get("source"))
+        if source is None and where in str(error) and not Path(where).exists():
+            raise FitError(f"{error}; --source says where it is now") from error
+        raise
     training = {name: entry.get(name) for name in ("seconds", "steps", "n_params")}
     return {"kind": entry["kind"], "snapshot": str(path), **training, **measures}
+
+
+def read_snapshot(path: str | PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """File and configuration of a snapshot; a run's folder stands for the snapshot in it. Raises SnapshotError."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "snapshot.safetensors"
+    return file, load_tensors(file, kind=SNAPSHOT_KINDS)[1]
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
 """`sweep`: one fit after the other over sizes of the hash grid, as a table and a plot.
 
-The sweep's folder holds `table.csv` (written after every run), `table.md`, `plot.png`, `settings.json`, and per run a
-folder of `nrc.fit.run.fit`, whose `result.json` says that it is finished.
+The sweep's folder holds `table.csv`, `table.md`, `plot.png` (all written after every run), `settings.json`, and per run
+a folder of `nrc.fit.run.fit`, whose `result.json` says that it is finished.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def sweep(
 
     Raises:
         ValueError: What `fit` raises; with `resume`, a folder of other settings.
+        KeyboardInterrupt: Ctrl-C, after the state of the run under way was saved.
     """
     say = say or _say
     folder = Path(out)
@@ -77,13 +78,13 @@ def sweep(
             result = fit(kind, source, out=run, grid=grid, progress=progress, say=say, **budget, **settings)
             if result["interrupted"]:
                 say(f"interrupted in run {i} of {len(grids)}; --resume continues there")
-                break
+                raise KeyboardInterrupt
         rows.append(grid | {name: result.get(name) for name in MEASURES})
         _write(folder / "table.csv", _csv(rows))
         shown = ", ".join(f"{name} {_shown(name, rows[-1][name])}" for name in MEASURES if rows[-1][name] is not None)
         say(f"{i}/{len(grids)} {run.name}: {shown}")
-    _write(folder / "table.md", table_markdown(rows, COLUMNS))
-    draw_sweep(folder / "plot.png", rows)
+        _write(folder / "table.md", table_markdown(rows, COLUMNS))
+        draw_sweep(folder / "plot.png", rows)
     return rows
 
 
