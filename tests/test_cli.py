@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused, run
 
 from nrc import cli, launch
 from nrc.image import read_layers, read_linear, write_exr
@@ -25,25 +26,6 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     launch.set_threads(0)
-
-
-def run(capsys, *arguments: object, code: int = 0) -> dict:
-    """Run the command with --json; the last line of standard output."""
-    capsys.readouterr()
-    assert cli.main([*map(str, arguments), "--json"]) == code
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def refused(capsys, *arguments: object) -> str:
-    """Run a command that must end with exit code 2, one line of explanation and nothing written."""
-    before = sorted(Path().iterdir())
-    capsys.readouterr()
-    assert cli.main([*map(str, arguments)]) == 2
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if not line.startswith(("compil", "nrc: warning"))]
-    assert printed.out == "" and len(lines) == 1 and lines[0].startswith("nrc: ")
-    assert sorted(Path().iterdir()) == before
-    return lines[0]
 
 
 # --- render ----------------------------------------------------------------------------------------------------------

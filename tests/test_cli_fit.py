@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import trimesh
+from commands import run
 from PIL import Image
 from small_views import write_sphere_views
 
 import nrc
-from nrc import cli, launch
+from nrc import launch
 from nrc.fit import FitError, fit_image, sdf
 from nrc.image import read_image, read_layers
 from nrc.snapshot import save_tensors
@@ -36,24 +38,9 @@ def in_folder(tmp_path, monkeypatch):
     launch.set_threads(0)
 
 
-def run(capsys, *arguments: object, code: int = 0) -> dict:
-    """Run the command with --json; the last line of standard output."""
-    capsys.readouterr()
-    assert cli.main([*map(str, arguments), "--json"]) == code
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 def refused(capsys, *arguments: object) -> str:
-    """Run a command that must end with exit code 2, one line of explanation and nothing written."""
-    before = sorted(Path().rglob("*"))
-    capsys.readouterr()
-    device = [] if "--device" in arguments else CPU
-    assert cli.main([*map(str, arguments), *device]) == 2
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if not line.startswith(("compil", "nrc: warning"))]
-    assert printed.out == "" and len(lines) == 1 and lines[0].startswith("nrc: ")
-    assert sorted(Path().rglob("*")) == before
-    return lines[0]
+    """As `commands.refused`, on the CPU unless the arguments say otherwise."""
+    return commands.refused(capsys, *arguments, *([] if "--device" in arguments else CPU))
 
 
 def write_picture(path: str, width: int = 48, height: int = 32) -> None:
