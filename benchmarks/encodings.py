@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, help="by default all that apply")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--downscale", type=int, help="of a NeRF's photographs")
+    parser.add_argument("--no-measure", dest="measure", action="store_false", help="quality on a fixed small sample")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=Path("encodings"), help="folder of the fits (encodings)")
@@ -44,7 +45,7 @@ def main() -> None:
         parser.error("--steps or --seconds is needed: the budget of each fit")
     device = nrc.launch.resolve_device(args.device)
     options = {name: getattr(args, name) for name in ("batch_size", "downscale") if getattr(args, name) is not None}
-    options |= {"seed": args.seed, "device": device}
+    options |= {"seed": args.seed, "device": device, "measure": args.measure}
     rows = []
     for encoding in args.encodings or [name for name in ENCODINGS if name != "acorn" or args.kind == "image"]:
         name, _, size = encoding.partition("-") if encoding.startswith("hash") else (encoding, "", "")

@@ -112,6 +112,12 @@ def _add_fit_options(parser: argparse.ArgumentParser, default: str, encodings: t
     parser.add_argument(
         "--checkpoint-seconds", type=positive_float, default=30.0, help="time between checkpoints (default: 30)"
     )
+    parser.add_argument(
+        "--no-measure",
+        dest="measure",
+        action="store_false",
+        help="leave measuring and drawing to nrc eval and nrc export",
+    )
     add_device(parser)
 
 

@@ -68,8 +68,9 @@ def test_image_is_fitted_evaluated_and_exported(capsys):
     np.testing.assert_array_equal(read_image("crop.png"), whole[4:20, 10:30])
     run(capsys, "export", snapshot, "--zoom", 2, "--out", "large.exr", *CPU)
     assert read_image("large.exr").shape == (64, 96, 3)
-    more = run(capsys, "fit", "image", "p.png", "--steps", 310, "--resume", *write_config())
+    more = run(capsys, "fit", "image", "p.png", "--steps", 310, "--resume", "--no-measure", *write_config())
     assert more["steps"] == 310 and more["seconds"] > fitted["seconds"]
+    assert more["psnr"] > 30.0 and "ssim" not in more and "pictures" not in more
 
 
 def test_mesh_is_fitted_evaluated_and_exported(capsys, monkeypatch):

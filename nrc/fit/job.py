@@ -35,7 +35,8 @@ from nrc.snapshot import SnapshotError, load_tensors, save_tensors, take_tensor
 CHECKPOINT_KIND = "nrc.fit"
 TASK_STEPS = "task.n_steps"  # in the state of a task
 BURST_SECONDS = 0.25  # between two looks at the clock
-REPORT_SECONDS, REPORT_SHARE = 2.0, 0.05  # between lines of metrics, the longer of: seconds, share of the run so far
+# A line of metrics after the longest of: seconds, share of the run so far, times what the last line took
+REPORT_SECONDS, REPORT_SHARE, REPORT_COST = 2.0, 0.05, 10.0
 QUALITIES = ("psnr", "iou")  # shown beside the progress bar
 
 
@@ -120,6 +121,7 @@ class FitJob:
         self.interrupted = False
         self.identity = _as_json(task.identity())  # as a checkpoint gives it back
         self._metrics: list[dict[str, Any]] = []
+        self._report_seconds = 0.0
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -202,8 +204,11 @@ class FitJob:
         except SnapshotError as error:
             raise FitError(str(error)) from error
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, *, measure: bool = True) -> dict[str, Any]:
         """Measure and draw the result, and write `result.json`.
+
+        Args:
+            measure: False, like an interrupt, leaves it at the quality that the last line of metrics has.
 
         Returns:
             The task's measures, `seconds`, `steps`, `n_params`, `samples_per_second`, the files by name.
@@ -223,7 +228,7 @@ class FitJob:
             "snapshot": str(self.snapshot),
             "interrupted": self.interrupted,
         }
-        if self.interrupted:
+        if self.interrupted or not measure:
             result |= {name: last[name] for name in QUALITIES if name in last}
         else:
             result |= task.evaluate()
@@ -234,6 +239,7 @@ class FitJob:
         return result
 
     def _report(self, loss: float, speed: float) -> dict[str, Any]:
+        start = time.perf_counter()
         line = {"step": self.task.n_steps, "seconds": self.seconds, "loss": loss, "samples_per_second": speed}
         line = _as_json(line | self.task.progress())
         self._metrics.append(line)
@@ -243,6 +249,7 @@ class FitJob:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise FitError(f"{path}: cannot be written ({error.strerror})") from error
+        self._report_seconds = time.perf_counter() - start
         return line
 
     def _write_metrics(self) -> None:
@@ -251,7 +258,7 @@ class FitJob:
         write_atomically(self.out / "metrics.jsonl", lambda temporary: temporary.write_text(text), FitError)
 
     def _report_interval(self) -> float:
-        return max(REPORT_SECONDS, REPORT_SHARE * self.seconds)
+        return max(REPORT_SECONDS, REPORT_SHARE * self.seconds, REPORT_COST * self._report_seconds)
 
 
 class _ProgressBar:

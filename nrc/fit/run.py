@@ -48,6 +48,7 @@ def fit(
     seconds: float | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
+    measure: bool = True,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
     **settings: Any,
@@ -62,6 +63,7 @@ def fit(
             for an image, 120 s for a mesh, 900 s for a radiance field.
         resume: Continue from `out`/checkpoint.safetensors; budgets count what was trained before.
         checkpoint_seconds: Time between checkpoints.
+        measure: Measure and draw the result; without, quality is that of the fixed small sample of `metrics.jsonl`.
         progress: Show a progress bar where standard error is a terminal.
         say: Receives lines about warnings and results; standard error by default.
         settings: Of the task: `seed`, `device`, `encoding`, `config`, `grid`, `batch_size` as `make_config` in
@@ -101,10 +103,11 @@ def fit(
     elif not resume and job.checkpoint.is_file():
         say(f"warning: {folder} holds another run, which this one replaces; --resume would go on with it")
     job.run(steps=steps, seconds=seconds, progress=progress)
-    if not job.interrupted:
+    measure = measure and not job.interrupted
+    if measure:
         say(f"step {task.n_steps} after {job.seconds:.1f} s of training; measuring and drawing ...")
-    result = job.finish()
-    if kind == "sdf" and not job.interrupted and result["chamfer"] is None:
+    result = job.finish(measure=measure)
+    if kind == "sdf" and measure and result["chamfer"] is None:
         say("warning: the zero level is still mostly noise: no mesh was extracted, nothing was compared with it")
     return result
 
