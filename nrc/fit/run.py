@@ -78,7 +78,7 @@ def fit(
         ValueError: A source, setting or checkpoint that cannot be used; the message names file and field.
     """
     one_of(kind, KINDS, "kind of fit")
-    say = say or _say
+    say = say or print_line
     if steps is None and seconds is None:
         seconds = DEFAULT_SECONDS[kind]
     source = Path(source)
@@ -149,5 +149,6 @@ def read_snapshot(path: str | PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return file, load_tensors(file, kind=SNAPSHOT_KINDS)[1]
 
 
-def _say(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print a line of the command to standard error."""
     print(f"nrc: {line}", file=sys.stderr, flush=True)

@@ -262,10 +262,7 @@ def chamfer(a: Surface, b: Surface, *, n_points: int = 1 << 17, seed: int = 0, d
         SurfaceError: One of them has no triangles.
     """
     run = resolve_device(device)
-    for surface in (a, b):
-        if not len(surface.faces):
-            raise SurfaceError("Chamfer distance: a surface has no triangles")
-    low, size = _cube(a, b)
+    low, size = _cube(a, b, "Chamfer distance")
     means = []
     for source, target in ((a, b), (b, a)):
         mesh = device_mesh((target.vertices - low) / size, target.faces, run)
@@ -283,10 +280,7 @@ def mesh_iou(a: Surface, b: Surface, *, n_points: int = 1 << 18, seed: int = 0, 
         SurfaceError: One of them has no triangles.
     """
     run = resolve_device(device)
-    for surface in (a, b):
-        if not len(surface.faces):
-            raise SurfaceError("intersection over union: a surface has no triangles")
-    low, size = _cube(a, b)
+    low, size = _cube(a, b, "intersection over union")
     corners = np.concatenate([a.vertices, b.vertices])
     extent = (corners.max(axis=0) - low) / size
     points = (np.random.default_rng(seed).random((n_points, 3)) * extent).astype(np.float32)
@@ -323,8 +317,10 @@ def _distances(mesh: wp.Mesh, points: np.ndarray, device: wp.Device, *, signed: 
     return distance.numpy()
 
 
-def _cube(a: Surface, b: Surface) -> tuple[np.ndarray, float]:
-    """Lower corner and longest side of the box around both: queries work in the unit cube."""
+def _cube(a: Surface, b: Surface, what: str) -> tuple[np.ndarray, float]:
+    """Lower corner and longest side of the box around both surfaces that `what` compares in the unit cube."""
+    if not len(a.faces) or not len(b.faces):
+        raise SurfaceError(f"{what}: a surface has no triangles")
     corners = np.concatenate([a.vertices, b.vertices])
     low = corners.min(axis=0)
     return low, float(max((corners.max(axis=0) - low).max(), np.finfo(np.float32).tiny))

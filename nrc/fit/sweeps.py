@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from os import PathLike
@@ -19,7 +18,7 @@ from typing import Any
 
 from nrc.files import write_atomically
 from nrc.fit.job import QUALITIES, FitError
-from nrc.fit.run import fit
+from nrc.fit.run import fit, print_line
 
 GRID = {"log2_hashmap_size": "T2^", "n_features_per_level": "F", "n_levels": "L"}  # in folders' names
 MEASURES = (*QUALITIES, "ssim", "psnr_black", "n_params", "steps", "seconds", "samples_per_second")
@@ -62,7 +61,7 @@ def sweep(
         ValueError: What `fit` raises; with `resume`, a folder of other settings.
         KeyboardInterrupt: Ctrl-C, after the state of the run under way was saved.
     """
-    say = say or _say
+    say = say or print_line
     folder = Path(out)
     grids = [dict(zip(GRID, values, strict=True)) for values in product(log2_hashmap_size, n_features, n_levels)]
     runs = [folder / "_".join(f"{short}{grid[name]}" for name, short in GRID.items()) for grid in grids]
@@ -130,10 +129,6 @@ def _shown(name: str, value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text), FitError)
-
-
-def _say(line: str) -> None:
-    print(f"nrc: {line}", file=sys.stderr, flush=True)
 
 
 def table_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
