@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 import warp as wp
 
 from nrc.arrays import as_count
+from nrc.config import parse_encoding, parse_network
 from nrc.field import Field
 from nrc.kernels import cache as kc
 from nrc.launch import launch, resolve_device
+from nrc.optimizer import restore
 from nrc.records import Records
+from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
 from nrc.trainer import Trainer
+
+SNAPSHOT_KIND = "nrc.cache"
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,11 @@ class RadianceCache:
         device: Warp device.
 
     Attributes:
+        bounds: As given.
+        max_queries, max_records: Capacities; `reserve` makes room for more.
         batch_size: Records per optimizer step.
         n_training_records: Records that one call of `train` can use.
+        loss: (n_batches,) float on the device, mean loss of each batch of the last `train` that had records for it.
     """
 
     def __init__(
@@ -151,6 +161,7 @@ class RadianceCache:
         extent *= 1.01
         self.batch_size = config.batch_size_on(self.device)
         self.n_training_records = self.batch_size * config.n_batches
+        self.bounds = lower, upper
         self._box_lower = wp.vec3(*((lower + upper) / 2.0 - extent / 2.0))
         self._inverse_extent = 1.0 / extent
         device = self.device
@@ -160,14 +171,10 @@ class RadianceCache:
         self.trainer = Trainer(
             self.field, {"otype": "RelativeL2Luminance"}, config.optimizer_config(), batch_size=self.batch_size
         )
-        self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
-        self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
-        self._radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
-        self._primary_radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
-        self._query_invalid = wp.zeros(max_queries, dtype=int, device=device)
-        self._flag = wp.zeros(max_records, dtype=int, device=device)
-        self._place = wp.zeros(max_records, dtype=int, device=device)
-        self._record_invalid = wp.zeros(max_records, dtype=int, device=device)
+        self.max_queries = self.max_records = 0
+        self._query_invalid = wp.zeros(0, dtype=int, device=device)
+        self._record_invalid = wp.zeros(0, dtype=int, device=device)
+        self.reserve(max_queries, max_records)
         self._n_valid = wp.zeros(1, dtype=int, device=device)
         self._round = wp.zeros(1, dtype=int, device=device)
         self._scale = wp.zeros(1, dtype=float, device=device)
@@ -176,13 +183,32 @@ class RadianceCache:
         y = wp.zeros((b * n, 3), dtype=float, device=device)
         counts = wp.zeros((n, 1), dtype=int, device=device)
         self._x, self._y, self._counts = x, y, counts
-        self._batches = [(x[i * b : (i + 1) * b], y[i * b : (i + 1) * b], counts[i]) for i in range(n)]
+        self.loss = wp.zeros(n, dtype=float, device=device)
+        self._batches = [
+            (x[i * b : (i + 1) * b], y[i * b : (i + 1) * b], counts[i], self.loss[i : i + 1]) for i in range(n)
+        ]
         self._full_counts: dict[int, wp.array] = {}
         self.reset()
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels to compile before the first call, by the name to announce."""
         return {"radiance cache": kc.shuffle_records, **self.field.kernels(), **self.trainer.kernels()}
+
+    def reserve(self, max_queries: int, max_records: int) -> None:
+        """Make room for at least so many queries and training records; nothing that was learned or counted changes."""
+        device = self.device
+        if max_queries > self.max_queries:
+            self.max_queries = max_queries
+            self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
+            self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
+            self._radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
+            self._primary_radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
+            self._query_invalid = _grown(self._query_invalid, max_queries)
+        if max_records > self.max_records:
+            self.max_records = max_records
+            self._flag = wp.zeros(max_records, dtype=int, device=device)
+            self._place = wp.zeros(max_records, dtype=int, device=device)
+            self._record_invalid = _grown(self._record_invalid, max_records)
 
     def query(self, records: Records, count: wp.array | None = None) -> wp.array:
         """Radiance [W m^-2 sr^-1] that leaves each record's point along wo, from the averaged (EMA) weights.
@@ -213,8 +239,8 @@ class RadianceCache:
         """
         config = self.config
         n = records.capacity
-        if n > self._flag.shape[0]:
-            raise ValueError(f"{n} training records, but the cache was made for {self._flag.shape[0]} (max_records)")
+        if n > self.max_records:
+            raise ValueError(f"{n} training records, but the cache was made for {self.max_records} (max_records)")
         if targets.shape[0] < n:
             raise ValueError(f"{n} training records but {targets.shape[0]} targets")
         count = self._checked_count(count, n)
@@ -254,8 +280,8 @@ class RadianceCache:
             outputs=[self._x, self._y],
             device=self.device,
         )
-        for x, y, batch_count in self._batches:
-            self.trainer.step(x, y, count=batch_count)
+        for x, y, batch_count, loss in self._batches:
+            wp.copy(loss, self.trainer.step(x, y, count=batch_count))
 
     def reset(self) -> None:
         """Forget everything: weights, moments, averages, the estimated radiance scale and all counters."""
@@ -264,6 +290,7 @@ class RadianceCache:
         self._scale.fill_(self.config.radiance_scale or 0.0)
         for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):
             counter.zero_()
+        self.loss.zero_()
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything `load_state` needs to go on as if nothing had happened: weights, moments, averages, counters."""
@@ -274,12 +301,61 @@ class RadianceCache:
         for name, array in self._arrays().items():
             array.assign(state[name])
 
+    def continue_from(self, other: RadianceCache) -> bool:
+        """Take over what `other` learned, where it means the same here: encoding, network, unit of radiance and bounds.
+
+        Returns:
+            Whether it did; otherwise nothing changes.
+        """
+        mine, theirs = (
+            (c.config.encoding_config(), c.config.network_config(), c.config.radiance_scale) for c in (self, other)
+        )
+        if mine != theirs or not np.array_equal(self.bounds, other.bounds):
+            return False
+        self.trainer.optimizer.continue_from(other.trainer.optimizer)
+        wp.copy(self._scale, other._scale)
+        wp.copy(self._round, other._round)
+        return True
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write configuration, bounds and `state` for `load`. Raises SnapshotError, also where they are not finite."""
+        state = self.state()
+        for name, values in state.items():
+            if values.dtype.kind == "f":
+                check_finite(path, name, values)
+        config = {"config": asdict(self.config), "bounds": [corner.tolist() for corner in self.bounds]}
+        save_tensors(path, state, config, kind=SNAPSHOT_KIND)
+
+    @staticmethod
+    def load(path: str | PathLike[str], *, max_queries: int, max_records: int, device: Any = None) -> RadianceCache:
+        """The cache that `save` wrote, which goes on as if nothing had happened. Raises SnapshotError."""
+        device = resolve_device(device)
+        tensors, described = load_tensors(path, kind=SNAPSHOT_KIND)
+        config = _config_of(path, described.get("config"))
+        bounds = _bounds_of(path, described.get("bounds"))
+        try:
+            encoding = parse_encoding(config.encoding_config(), int(kc.N_INPUTS), 0)
+            network = parse_network(config.network_config(), encoding.n_padded, 3)
+            take_tensor(path, tensors, "trainer.params", (network.n_params + encoding.n_params,), np.float32)
+            cache = RadianceCache(bounds, config, max_queries=max_queries, max_records=max_records, device=device)
+        except SnapshotError:
+            raise
+        except (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
+            raise SnapshotError(f"{path}: config: {error}") from error
+        scale = take_tensor(path, tensors, "scale", (1,), np.float32)
+        if scale[0] < 0.0:
+            raise SnapshotError(f"{path}: scale must not be negative, got {scale[0]}")
+        restore(path, tensors, cache._arrays())
+        return cache
+
     def stats(self) -> dict[str, float]:
         """Counters read back from the device: a synchronisation point.
 
         Keys: records (used by the last `train`), rounds, dropped_records, invalid_queries, skipped_steps,
-        radiance_scale.
+        radiance_scale, loss (mean over the last `train`'s batches whose loss is finite).
         """
+        losses = self.loss.numpy()
+        losses = losses[np.isfinite(losses)]
         return {
             "records": int(min(self._n_valid.numpy()[0], self.n_training_records)),
             "rounds": int(self._round.numpy()[0]),
@@ -287,6 +363,7 @@ class RadianceCache:
             "invalid_queries": int(self._query_invalid.numpy().sum()),
             "skipped_steps": int(self.trainer.skipped_steps.numpy()[0]),
             "radiance_scale": float(self._scale.numpy()[0]),
+            "loss": float(losses.mean()) if losses.size else 0.0,
         }
 
     def _arrays(self) -> dict[str, wp.array]:
@@ -295,8 +372,8 @@ class RadianceCache:
 
     def _query(self, records: Records, count: wp.array | None, params: wp.array, out: wp.array) -> wp.array:
         n = records.capacity
-        if n > self._query_x.shape[0]:
-            raise ValueError(f"{n} queries, but the cache was made for {self._query_x.shape[0]} (max_queries)")
+        if n > self.max_queries:
+            raise ValueError(f"{n} queries, but the cache was made for {self.max_queries} (max_queries)")
         count = self._checked_count(count, n)
         launch(
             kc.encode_records,
@@ -322,3 +399,41 @@ class RadianceCache:
         if n not in self._full_counts:
             self._full_counts[n] = wp.array([n], dtype=int, device=self.device)
         return self._full_counts[n]
+
+
+def _grown(counters: wp.array, n: int) -> wp.array:
+    """Longer array of counters that starts with `counters`."""
+    grown = wp.zeros(n, dtype=int, device=counters.device)
+    wp.copy(grown, counters, count=counters.shape[0])
+    return grown
+
+
+def _config_of(path: str | PathLike[str], values: Any) -> CacheConfig:
+    """The `CacheConfig` that a snapshot describes. Raises SnapshotError."""
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "int | None": (int, type(None))}
+    types |= {"float | None": (int, float, type(None))}
+    names = {field.name: types.get(str(field.type), (str,)) for field in fields(CacheConfig)}
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise SnapshotError(f"{path}: config must have {', '.join(names)}, got {values!r}")
+    for name, allowed in names.items():
+        value = values[name]
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            raise SnapshotError(f"{path}: config: {name} must not be {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SnapshotError(f"{path}: config: {name} must be finite, got {value}")
+    try:
+        return CacheConfig(**values)
+    except ValueError as error:
+        raise SnapshotError(f"{path}: config: {error}") from error
+
+
+def _bounds_of(path: str | PathLike[str], values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The corners that a snapshot holds. Raises SnapshotError."""
+    try:
+        lower, upper = np.asarray(values, float)
+        valid = lower.shape == (3,) and bool(np.isfinite([lower, upper]).all()) and float(np.max(upper - lower)) > 0.0
+    except (ValueError, TypeError):
+        valid = False
+    if not valid:
+        raise SnapshotError(f"{path}: bounds must be two finite corners with positive extent, got {values!r}")
+    return lower, upper

@@ -32,6 +32,7 @@ class Film:
         self.frame = wp.zeros(n, dtype=wp.vec3, device=device)
         self._clamped = wp.zeros(n, dtype=wp.vec3, device=device)
         self._n_invalid = wp.zeros(n, dtype=int, device=device)
+        self._mean = wp.zeros(n, dtype=wp.vec3, device=device)
         self._no_cache = wp.zeros((1, 3), dtype=float, device=device)
         self.n_frames = 0
         self.cache_weight = 0.0
@@ -95,6 +96,24 @@ class Film:
         if self.cache_weight > 0.0:
             mean = mean + (self._cache_sums.numpy().astype(np.float64) - self._cache_errors.numpy()) / self.cache_weight
         return mean.astype(np.float32).reshape(self.tracer.height, self.tracer.width, 3)
+
+    def mean(self) -> wp.array:
+        """The picture of `image` on the device: (pixels,) vec3, overwritten by the next call."""
+        launch(
+            kf.average_frames,
+            self.tracer.n_pixels,
+            inputs=[
+                1.0 / max(self.n_frames, 1),
+                1.0 / self.cache_weight if self.cache_weight > 0.0 else 0.0,
+                self._sums,
+                self._errors,
+                self._cache_sums,
+                self._cache_errors,
+            ],
+            outputs=[self._mean],
+            device=self.tracer.device,
+        )
+        return self._mean
 
     def stats(self) -> dict[str, float]:
         """invalid_samples: left out for not being finite or negative. clamped_fraction: energy the clamp took."""

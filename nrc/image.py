@@ -23,7 +23,13 @@ BYTE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tga", ".tif", ".tiff", ".w
 WRITE_EXTENSIONS = (".exr", ".hdr", ".png")
 
 # Channel names that compositing programs expect for the layers of a render; other layers are named by their count.
-LAYER_CHANNELS = {"normal": ("X", "Y", "Z"), "position": ("X", "Y", "Z"), "depth": ("Z",), "material_id": ("ID",)}
+LAYER_CHANNELS = {
+    "normal": ("X", "Y", "Z"),
+    "position": ("X", "Y", "Z"),
+    "depth": ("Z",),
+    "material_id": ("ID",),
+    "object_id": ("ID",),
+}
 CHANNELS_BY_COUNT = {1: ("Y",), 2: ("Y", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A")}
 CHANNEL_ORDER = "RGBXYZUVA"  # EXR sorts channels by name; people want them in this order
 
@@ -151,7 +157,7 @@ def write_exr(
     Args:
         layers: (height, width, 1...4) or (height, width) arrays by name. `color` becomes the channels R, G, B, A or Y;
             the others `<layer>.<channel>`, where `normal` and `position` have X, Y, Z, `depth` has Z and
-            `material_id` has ID.
+            `material_id` and `object_id` have ID.
         metadata: Header attributes: strings, ints, floats.
 
     Raises:

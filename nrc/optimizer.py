@@ -168,6 +168,25 @@ class Optimizer:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
         return dict(self._state_arrays)
 
+    def continue_from(self, other: Optimizer) -> None:
+        """Take over parameters and state of `other`, whose field has the same parameters.
+
+        An average of another decay goes on from its present value: what is kept of it is scaled to the new debiasing.
+        """
+        arrays = other.state_arrays()
+        for name, array in self._state_arrays.items():
+            wp.copy(array, arrays[name])
+        decay = self.config.ema_decay
+        if decay is not None and decay != other.config.ema_decay:
+            n_steps = int(self.n_steps.numpy()[0])
+            average = other.ema_params.numpy() * np.float32(1.0 - decay**n_steps)
+            weights = self._state_arrays["weights"].numpy()
+            weights[2] = average[: self._n_matrix]
+            self._state_arrays["weights"].assign(weights)
+            tables = average[self._n_matrix :].reshape(self._state_arrays["average"].shape)
+            self._state_arrays["average"].assign(tables)
+            self._state_arrays["stamps"].fill_(n_steps)
+
     def step(self, x: Any, dL_dy: Any, *, dL_dx: Any = None, count: Any = None) -> None:
         """Take one step along the gradient of a scalar L by the outputs at `x`, which `Field.forward` gives.
 

@@ -145,8 +145,8 @@ class PathTracer:
         self.tile = (width, height)
         self._tile_limit = 0
 
-        lower, upper = box if box is not None else scene.bounds
-        margin = 1e-3 * float(np.max(np.asarray(upper) - np.asarray(lower)))  # rounding and flat scenes stay inside
+        lower, upper = (np.asarray(corner, float) for corner in (scene.bounds if box is None else box))
+        margin = 1e-3 * float(np.max(upper - lower))  # rounding and flat scenes stay inside
         self._params: Any = kt.TraceParams()
         self._params.seed = config.seed
         points: Any = wp.array(sobol_points(SOBOL_BITS)[bit_reversed(SOBOL_BITS)], dtype=wp.uint32, device=device)
@@ -157,8 +157,8 @@ class PathTracer:
         self._params.max_records = config.max_records
         self._params.continuation = config.continuation
         self._params.unbiased_fraction = config.unbiased_fraction
-        self._params.box_lower = wp.vec3(*(np.asarray(lower, float) - margin))
-        self._params.box_upper = wp.vec3(*(np.asarray(upper, float) + margin))
+        self._params.box_lower = wp.vec3(*(lower - margin))
+        self._params.box_upper = wp.vec3(*(upper + margin))
 
     @staticmethod
     def kernels(config: PathTracerConfig) -> dict[str, wp.Kernel]:
@@ -197,13 +197,17 @@ class PathTracer:
         square = [c for c in candidates if c[0] <= 2.0] or [min(candidates)]
         return min(square, key=lambda c: (c[1], c[0]))[2:]
 
-    def trace(self, frame: int, *, n_training_paths: int = 0, integrator: Integrator | None = None) -> None:
+    def trace(
+        self, frame: int, *, n_training_paths: int = 0, integrator: Integrator | None = None, split: int = 0
+    ) -> None:
         """Trace one path through every pixel.
 
         Args:
             frame: Number of the frame, which selects its random numbers.
             n_training_paths: About how many paths also collect training records.
             integrator: "nrc" or "cache" for this frame instead of the other one.
+            split: Columns left of it [px] follow their paths to the end, as "path" does; training paths too, all of
+                whose records then have unbiased targets.
 
         Raises:
             ValueError: The tracer was made for "path" and shall use a cache, or the other way round.
@@ -212,6 +216,7 @@ class PathTracer:
             raise ValueError(f"this tracer was made for {self.config.integrator!r} and cannot trace {integrator!r}")
         params = self._params
         params.integrator = _INTEGRATORS[integrator or self.config.integrator]
+        params.split = split
         params.frame = frame
         params.sobol_index = int(f"{frame % 2**SOBOL_BITS:0{SOBOL_BITS}b}"[::-1], 2)
         params.sobol_round = frame // 2**SOBOL_BITS

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,33 @@ from nrc.device_scene import DeviceScene
 from nrc.film import Film
 from nrc.kernels import aov as ka
 from nrc.kernels import film as kf
+from nrc.kernels.camera import CameraView
 from nrc.launch import heavy_range, launch, prepare
 from nrc.pathtracer import PathTracer, PathTracerConfig
-from nrc.scene import Scene
+from nrc.scene import Camera, Scene
 
 # A picture that is accumulated from an untrained cache counts the cache's first answers less: they are the darkest,
 # since light travels a few bounces per frame through self-training.
 SETTLING_FRAMES = 128
 STAGES = ("trace", "query", "tails", "train", "film")
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """What a point of the picture shows.
+
+    Attributes:
+        position: (3,) world space [scene units].
+        normal: (3,) unit shading normal on the camera's side.
+        depth: Distance from the camera along the ray [scene units].
+        mesh, material: Indices into the scene's meshes and materials.
+    """
+
+    position: np.ndarray
+    normal: np.ndarray
+    depth: float
+    mesh: int
+    material: int
 
 
 class Renderer:
@@ -38,7 +59,9 @@ class Renderer:
         device: Warp device; ignored for an uploaded scene.
 
     Attributes:
-        tracer, cache, film: The parts; `cache` is None for the path integrator.
+        config, cache_config: As given, or set since.
+        camera: What the picture is seen through; the scene's to begin with.
+        tracer, film: The parts for the present picture size and configuration, replaced with them.
         train: Whether frames train the cache.
         n_records: Training records that the last frame's paths left.
         stage_seconds: Wall-clock seconds per stage of `STAGES`, summed over frames.
@@ -55,24 +78,11 @@ class Renderer:
         clamp: float = 0.0,
         device: Any = None,
     ) -> None:
-        self.config = config or PathTracerConfig()
         self.scene = scene if isinstance(scene, DeviceScene) else DeviceScene(scene, device)
         self.device = self.scene.device
-        cache_config = cache or CacheConfig()
-        with_cache = self.config.integrator != "path"
-        budget = cache_config.batch_size_on(self.device) * cache_config.n_batches
-        n_paths = min(width * height, budget)
-        self.tracer = PathTracer(self.scene, width, height, self.config, max_training_paths=n_paths)
-        self.cache: RadianceCache | None = None
-        if with_cache:
-            self.cache = RadianceCache(
-                self.scene.bounds,
-                cache_config,
-                max_queries=max(self.tracer.queries.capacity, self.tracer.records.capacity),
-                max_records=self.tracer.records.capacity,
-                device=self.device,
-            )
-        self.film = Film(self.tracer, clamp=clamp)
+        self.camera = self.scene.scene.camera
+        self._split = 0
+        self._build((width, height), config or PathTracerConfig(), cache or CacheConfig(), clamp, None)
         self.train = True
         self.frame_index = 0
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
@@ -81,19 +91,112 @@ class Renderer:
         self._cache_age = 0  # frames that trained it since it was empty
         self._records_per_path = 4.0  # running estimate that sizes the training tiles
 
+    def _build(
+        self,
+        size: tuple[int, int],
+        config: PathTracerConfig,
+        cache_config: CacheConfig,
+        clamp: float,
+        learned: RadianceCache | None,
+    ) -> None:
+        """Make tracer and film for these settings, and the cache or room in it; where that fails nothing changes."""
+        bounds = self.scene.bounds if learned is None else learned.bounds
+        budget = cache_config.batch_size_on(self.device) * cache_config.n_batches
+        n_paths = min(size[0] * size[1], budget)
+        tracer = PathTracer(self.scene, *size, config, max_training_paths=n_paths, box=bounds)
+        tracer.set_camera(self.camera)
+        film = Film(tracer, clamp=clamp)
+        if config.integrator != "path":
+            n_records = tracer.records.capacity
+            room = {"max_queries": max(tracer.queries.capacity, n_records), "max_records": n_records}
+            if learned is None:
+                learned = RadianceCache(bounds, cache_config, **room, device=self.device)
+            else:
+                learned.reserve(**room)
+        self.config, self.cache_config = config, cache_config
+        self.tracer, self.film = tracer, film
+        self._learned = learned  # also while the path integrator does not use it
+
+    @property
+    def cache(self) -> RadianceCache | None:
+        """What frames ask and train; None for the path integrator."""
+        return None if self.config.integrator == "path" else self._learned
+
+    @property
+    def split(self) -> int:
+        """Columns left of it [px] follow their paths to the end, as integrator "path" does; 0 by default.
+
+        Another split starts the film over.
+        """
+        return self._split
+
+    @split.setter
+    def split(self, columns: int) -> None:
+        if columns != self._split:
+            self._split = columns
+            self.restart()
+
+    def resize(self, width: int, height: int) -> None:
+        """Render pictures of another size [px] from the next frame on. The film starts over, the cache stays."""
+        self._build((width, height), self.config, self.cache_config, self.film.clamp, self._learned)
+
+    def set_config(self, config: PathTracerConfig) -> None:
+        """Trace as `config` says from the next frame on.
+
+        The film starts over. The cache stays, through the path integrator too, and is made when it is first needed.
+        """
+        self._build(self._size(), config, self.cache_config, self.film.clamp, self._learned)
+
+    def set_cache_config(self, cache: CacheConfig) -> None:
+        """Learn as `cache` says from the next frame on; the film starts over.
+
+        What was learned stays where only learning rate, beta2, averaging, batches or seed change. With another
+        encoding, network or radiance scale the cache starts empty.
+        """
+        learned, kept = self._learned, True
+        if learned is not None:
+            room = {"max_queries": learned.max_queries, "max_records": learned.max_records}
+            after = RadianceCache(learned.bounds, cache, **room, device=self.device)
+            kept, learned = after.continue_from(learned), after
+        self._build(self._size(), self.config, cache, self.film.clamp, learned)
+        if not kept:
+            self._cache_age = 0
+
+    def set_camera(self, camera: Camera) -> None:
+        """Look through `camera` from the next frame on; the film starts over."""
+        self.camera = camera
+        self.tracer.set_camera(camera)
+        self.restart()
+
+    def load_cache(self, path: str | PathLike[str]) -> CacheConfig:
+        """Go on with the cache that `RadianceCache.save` wrote, with its configuration and box; the film starts over.
+
+        Returns:
+            The cache's configuration.
+
+        Raises:
+            SnapshotError: The file is missing or damaged, or holds something else; then nothing changes.
+        """
+        learned = RadianceCache.load(path, max_queries=1, max_records=1, device=self.device)
+        self._build(self._size(), self.config, learned.config, self.film.clamp, learned)
+        self._cache_age = int(learned.stats()["rounds"])
+        return learned.config
+
+    def kernels(self) -> dict[str, wp.Kernel]:
+        """Kernels to compile before the first frame, by the name to announce."""
+        kernels = {**PathTracer.kernels(self.config), "film": kf.accumulate}
+        return kernels if self.cache is None else kernels | self.cache.kernels()
+
     def prepare(self) -> float:
         """Compile what frames need; seconds it took."""
-        kernels = {**PathTracer.kernels(self.config), "film": kf.accumulate}
-        if self.cache is not None:
-            kernels |= self.cache.kernels()
-        return prepare(kernels, self.device)
+        return prepare(self.kernels(), self.device)
 
     def frame(self) -> None:
         """Trace one path per pixel, complete the picture from the cache, train the cache, add to the film."""
         tracer, cache = self.tracer, self.cache
         n_paths = self.n_training_paths() if self.train else 0
         with self._stage("trace"):
-            tracer.trace(self.frame_index, n_training_paths=n_paths)
+            tracer.trace(self.frame_index, n_training_paths=n_paths, split=self.split)
         radiance = None
         if cache is not None:
             if n_paths > 0:
@@ -125,10 +228,13 @@ class Renderer:
     def set_scene(self, scene: Scene | DeviceScene) -> None:
         """Render `scene` from the next frame on, for instance the same one with other lights.
 
-        The film starts over; the cache keeps what it learned and adapts. Its box stays: geometry outside is traced on.
+        A host scene shares the device arrays of what did not change: see `DeviceScene.replaced`. The camera becomes the
+        scene's and the film starts over; the cache keeps what it learned and adapts. Its box stays: geometry outside is
+        traced on.
         """
-        self.scene = scene if isinstance(scene, DeviceScene) else DeviceScene(scene, self.device)
-        self.tracer.set_scene(self.scene)
+        scene = scene if isinstance(scene, DeviceScene) else self.scene.replaced(scene)
+        self.tracer.set_scene(scene)
+        self.scene, self.camera = scene, scene.scene.camera
         self.restart()
 
     def restart(self) -> None:
@@ -137,8 +243,8 @@ class Renderer:
 
     def reset_cache(self) -> None:
         """Empty the cache; the film keeps its frames."""
-        if self.cache is not None:
-            self.cache.reset()
+        if self._learned is not None:
+            self._learned.reset()
             self._cache_age = 0
 
     def state(self) -> dict[str, np.ndarray]:
@@ -164,27 +270,57 @@ class Renderer:
         self._records_per_path = float(state["records_per_path"][0])
 
     def aovs(self) -> dict[str, np.ndarray]:
-        """First-hit layers: albedo, normal, position (h, w, 3), depth (h, w), material_id (h, w)."""
-        tracer = self.tracer
-        n, shape = tracer.n_pixels, (tracer.height, tracer.width)
-        arrays = {
-            "albedo": wp.zeros(n, dtype=wp.vec3, device=self.device),
-            "normal": wp.zeros(n, dtype=wp.vec3, device=self.device),
-            "depth": wp.zeros(n, dtype=float, device=self.device),
-            "position": wp.zeros(n, dtype=wp.vec3, device=self.device),
-            "material_id": wp.zeros(n, dtype=int, device=self.device),
+        """First-hit layers: albedo, normal, position (h, w, 3), depth, material_id, object_id (h, w), all float32.
+
+        Both ids are indices into the scene, -1 where nothing is hit.
+        """
+        width, height = self._size()
+        layers = self._first_hits(self.tracer.camera)
+        return {
+            name: value.reshape(height, width, *value.shape[1:]).astype(np.float32) for name, value in layers.items()
         }
+
+    def pick(self, x: float, y: float) -> Pick | None:
+        """What lies at a point of the picture, given from its upper left corner in widths and heights: [0, 1) each.
+
+        Traces one ray. Returns None where it hits nothing.
+        """
+        camera: Any = self.scene.camera_view(*self._size(), self.camera)
+        # A picture of one pixel, whose centre is that point: an axis that is turned there, of any length.
+        across = (2.0 * x - 1.0) * camera.half_width
+        up = (1.0 - 2.0 * y) * camera.half_height
+        camera.z = camera.z - camera.x * across - camera.y * up
+        camera.width = camera.height = 1
+        found = {name: value[0] for name, value in self._first_hits(camera).items()}
+        if found["object_id"] < 0:
+            return None
+        return Pick(
+            position=found["position"],
+            normal=found["normal"],
+            depth=float(found["depth"]),
+            mesh=int(found["object_id"]),
+            material=int(found["material_id"]),
+        )
+
+    def _first_hits(self, camera: CameraView) -> dict[str, np.ndarray]:
+        """Layers of all pixels of `camera`, by name, (pixels, ...)."""
+        n = camera.width * camera.height
+        types: dict[str, Any] = {"albedo": wp.vec3, "normal": wp.vec3, "depth": wp.float32, "position": wp.vec3}
+        types |= {"material_id": wp.int32, "object_id": wp.int32}
+        arrays = {name: wp.zeros(n, dtype=dtype, device=self.device) for name, dtype in types.items()}
         prepare({"first-hit layers": ka.trace_first_hits}, self.device)
         launch(
             ka.trace_first_hits,
             n,
-            inputs=[self.scene.view, tracer.camera],
+            inputs=[self.scene.view, camera],
             outputs=list(arrays.values()),
             device=self.device,
             range_size=heavy_range(n),
         )
-        layers = {name: array.numpy() for name, array in arrays.items()}
-        return {name: value.reshape(*shape, *value.shape[1:]).astype(np.float32) for name, value in layers.items()}
+        return {name: array.numpy() for name, array in arrays.items()}
+
+    def _size(self) -> tuple[int, int]:
+        return self.tracer.width, self.tracer.height
 
     def _cache_weight(self) -> float:
         """Weight of this frame's cache answers in the picture: rises while a cache that started empty settles."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from nrc.kernels.optimizer import N_SKIPPED, N_STEPS
 from nrc.kernels.rng import mix64
 from nrc.launch import launch
 from nrc.records import FIELDS, Records
+from nrc.snapshot import SnapshotError, load_tensors, save_tensors
 
 BOUNDS = (np.array([-1.0, -2.0, 0.0]), np.array([3.0, 1.0, 2.0]))
 BATCH = 64
@@ -504,3 +507,224 @@ def test_primary_answers_leave_the_others_alone():
     primary = cache.query_primary(records).numpy()[:50]
     np.testing.assert_array_equal(answers.numpy()[:50], before)
     assert not np.array_equal(primary, before)
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def test_more_room_changes_nothing():
+    """State, counters and answers stay; more records fit afterwards, and asking for less changes nothing."""
+    ours, other = trained(), trained()
+    bad = random_arrays(20)
+    bad["position"][3] = math.nan
+    for cache in (ours, other):
+        cache.train(records_of(bad), vectors(np.ones((20, 3))))
+    ours.reserve(5000, 6000)
+    assert (ours.max_queries, ours.max_records) == (5000, 6000)
+    assert same_state(ours.state(), other.state()) and ours.stats() == other.stats()
+    ours.reserve(10, 10)
+    assert (ours.max_queries, ours.max_records) == (5000, 6000)
+    arrays = random_arrays(5000, seed=9)
+    ours.query(records_of(arrays))
+    few = records_of({name: values[:300] for name, values in arrays.items()})
+    assert np.array_equal(ours.query(few).numpy()[:300], other.query(few).numpy()[:300])
+    for cache in (ours, other):
+        cache.train(few, vectors(np.ones((300, 3))))
+    assert same_state(ours.state(), other.state()) and ours.stats() == other.stats()
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_trainers_of_every_batch():
+    """What `Trainer.step` returned for each batch, their mean in `stats`, and 0 before any and after a reset."""
+    cache = cache_of()
+    assert cache.loss.shape == (4,) and cache.stats()["loss"] == 0.0
+    noted = []
+    step = cache.trainer.step
+
+    def noting(*arguments, **options):
+        loss = step(*arguments, **options)
+        noted.append(float(loss.numpy()[0]))
+        return loss
+
+    cache.trainer.step = noting
+    for i in range(3):
+        cache.train(records_of(random_arrays(256, seed=i)), vectors(np.ones((256, 3))))
+        assert cache.loss.numpy().tolist() == noted[-4:] and min(noted) > 0.0
+        assert cache.stats()["loss"] == pytest.approx(np.mean(noted[-4:]), rel=1e-6)
+    before = cache.loss.numpy()
+    cache.train(records_of(random_arrays(256)), vectors(np.ones((256, 3))), count_of(0))
+    assert before[-1] == cache.loss.numpy()[-1]
+    cache.reset()
+    assert cache.stats()["loss"] == 0.0
+
+
+def test_loss_falls_while_it_learns():
+    """Constant scattered radiance: a tenth of the first round's after fifty."""
+    arrays = random_arrays(256)
+    cache = cache_of()
+    losses = []
+    for _ in range(50):
+        cache.train(records_of(arrays), vectors(reflectance(arrays)))
+        losses.append(cache.stats()["loss"])
+    assert losses[-1] < 0.1 * losses[0]
+
+
+# --- other settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_average_goes_on_with_another_decay(rounds):
+    """Its value stays, and new weights count as the new decay says: both tables and network against the recurrence."""
+    before = trained(rounds=rounds)
+    average = before.trainer.ema_params.numpy().astype(np.float64)
+    after = cache_of(replace(SMALL, ema_decay=0.5))
+    assert after.continue_from(before)
+    np.testing.assert_allclose(after.trainer.ema_params.numpy(), average, rtol=1e-6, atol=1e-10)
+    for i in range(2):
+        n = int(after.trainer.n_steps.numpy()[0])
+        arrays = random_arrays(64, seed=40 + i)
+        after.train(records_of(arrays), vectors(reflectance(arrays)), count_of(1))  # one batch has the record
+        assert after.trainer.n_steps.numpy()[0] == n + 1
+        eta, previous = 1.0 - 0.5 ** (n + 1), 1.0 - 0.5**n
+        average = (0.5 * after.field.params.numpy() + 0.5 * previous * average) / eta
+        np.testing.assert_allclose(after.trainer.ema_params.numpy(), average, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "change", [{"per_level_scale": 1.9}, {"n_neurons": 32}, {"radiance_scale": 2.0}, None], ids=str
+)
+def test_what_means_something_else_is_not_taken_over(change):
+    """Another encoding, network or unit, or other bounds, even where the arrays would fit: the cache is as it was."""
+    bounds = (BOUNDS[0], BOUNDS[1] + (0.0 if change else 1.0))
+    other = RadianceCache(bounds, replace(SMALL, **(change or {})), max_queries=4, max_records=4, device="cpu")
+    before = other.state()
+    assert not other.continue_from(trained())
+    assert same_state(before, other.state())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, CacheConfig("frequency", batch_size=BATCH), CacheConfig(learning_rate=1, ema_decay=0.5, n_hidden_layers=1)],
+    ids=["hash", "frequency", "other"],
+)
+def test_saved_cache_goes_on_bit_for_bit(tmp_path, config):
+    """Answers, and the state after more training, are those of the cache that was saved."""
+    ours = trained(config)
+    path = tmp_path / "cache.safetensors"
+    ours.save(path)
+    other = RadianceCache.load(path, max_queries=4096, max_records=4096, device="cpu")
+    assert other.config == config and np.array_equal(other.bounds, ours.bounds)
+    assert same_state(ours.state(), other.state())
+    queries = records_of(random_arrays(500, seed=77))
+    for _ in range(3):
+        assert ours.query(queries).numpy()[:500].tobytes() == other.query(queries).numpy()[:500].tobytes()
+        assert (
+            ours.query_primary(queries).numpy()[:500].tobytes() == other.query_primary(queries).numpy()[:500].tobytes()
+        )
+        for cache in (ours, other):
+            cache.train(records_of(random_arrays(256, seed=9)), vectors(np.ones((256, 3))))
+        assert same_state(ours.state(), other.state())
+
+
+def test_broken_cache_is_not_saved(tmp_path):
+    """Weights that are not finite: SnapshotError, and no file."""
+    cache = trained()
+    cache.field.params.fill_(math.nan)
+    with pytest.raises(SnapshotError, match=r"c\.safetensors: trainer\.params"):
+        cache.save(tmp_path / "c.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+TINY = replace(SMALL, n_levels=2, log2_hashmap_size=8, n_neurons=16, n_hidden_layers=1)
+
+
+def refused(path, *named: str) -> None:
+    """Loading raises a SnapshotError that names the file and every one of `named`."""
+    with pytest.raises(SnapshotError) as caught:
+        RadianceCache.load(path, max_queries=4, max_records=4, device="cpu")
+    assert all(text in str(caught.value) for text in (path.name, *named)), str(caught.value)
+
+
+def test_damaged_cache_files_are_refused(tmp_path):
+    """Cut anywhere, with a flipped bit, empty, missing, or of another kind: one SnapshotError each."""
+    path = tmp_path / "c.safetensors"
+    refused(path, "no such file")
+    trained(TINY).save(path)
+    whole, rng = path.read_bytes(), random.Random(1)
+    for i in range(200):
+        data = bytearray(whole)
+        if i % 2:
+            del data[rng.randrange(len(whole)) :]
+        else:
+            data[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        refused(path)
+    path.write_bytes(b"")
+    refused(path)
+    trained(TINY).field.save(path)
+    refused(path, "format", "nrc.cache")
+
+
+def test_cache_files_that_do_not_fit_are_refused(tmp_path):
+    """Whole files whose arrays, configuration or bounds are not a cache's: the message names the field."""
+    path = tmp_path / "c.safetensors"
+    trained(TINY).save(path)
+    tensors, described = load_tensors(path, kind="nrc.cache")
+    params = tensors["trainer.params"]
+    broken = params.copy()
+    broken[5] = math.nan
+    for name, values in (
+        ("scale", np.float32([-1.0])),
+        ("scale", np.float32([math.inf])),
+        ("scale", np.zeros(2, np.float32)),
+        ("round", np.int32([-1])),
+        ("round", np.float32([1.0])),
+        ("trainer.params", params[:-1]),
+        ("trainer.params", params.astype(np.float64)),
+        ("trainer.params", broken),
+        ("trainer.weights", tensors["trainer.weights"][:2]),
+        ("trainer.stamps", tensors["trainer.stamps"] + 10**6),
+        ("trainer.counters", -1 - tensors["trainer.counters"]),
+    ):
+        save_tensors(path, tensors | {name: values}, described, kind="nrc.cache")
+        refused(path, name)
+    for name in tensors:
+        save_tensors(path, {n: v for n, v in tensors.items() if n != name}, described, kind="nrc.cache")
+        refused(path, name)
+    save_tensors(path, tensors, described | {"config": asdict(replace(TINY, n_neurons=32))}, kind="nrc.cache")
+    refused(path, "trainer.params")
+    for name, value in (
+        ("bounds", None),
+        ("bounds", [[0, 0, 0]]),
+        ("bounds", [[0, 0, 0], [0, 0, 0]]),
+        ("bounds", [[0, 0], [1, 1]]),
+        ("bounds", [["a", 0, 0], [1, 1, 1]]),
+        ("config", None),
+        ("config", {"encoding": "hash"}),
+        *(
+            ("config", asdict(TINY) | change)
+            for change in (
+                {"n_levels": "many"},
+                {"n_levels": 10**9},
+                {"n_levels": 2.0},
+                {"log2_hashmap_size": 60},
+                {"n_neurons": True},
+                {"encoding": "octree"},
+                {"encoding": 3},
+                {"batch_size": 0},
+                {"batch_size": 10**12},
+                {"learning_rate": None},
+                {"learning_rate": -1.0},
+                {"ema_decay": 2.0},
+                {"radiance_scale": -1.0},
+                {"extra": 1},
+            )
+        ),
+    ):
+        save_tensors(path, tensors, described | {name: value}, kind="nrc.cache")
+        refused(path, name)

@@ -1,4 +1,4 @@
-"""First-hit layers of a picture: albedo, normal, depth, position, material."""
+"""First-hit layers of a picture: albedo, normal, depth, position, material, object."""
 
 import warp as wp
 
@@ -24,6 +24,7 @@ def trace_first_hits(
     out_depth: wp.array[float],  # (pixels,) distance along the ray [scene units], 0 where nothing is hit
     out_position: wp.array[wp.vec3],  # (pixels,) world space [scene units]
     out_material: wp.array[int],  # (pixels,) index into the scene's materials, -1 where nothing is hit
+    out_object: wp.array[int],  # (pixels,) index into the scene's meshes, -1 where nothing is hit
 ):
     """Describe what the centre of each pixel sees. One thread per pixel."""
     i = first + wp.tid()
@@ -45,6 +46,7 @@ def trace_first_hits(
     out_depth[i] = 0.0
     out_position[i] = zero
     out_material[i] = -1
+    out_object[i] = -1
     if hit.face >= 0:
         surface = Surface()
         find_surface(scene, hit, d, surface)
@@ -60,3 +62,4 @@ def trace_first_hits(
         out_depth[i] = wp.length(surface.p - ray.o)
         out_position[i] = surface.p
         out_material[i] = scene.triangle_material[hit.face]
+        out_object[i] = scene.triangle_mesh[hit.face]

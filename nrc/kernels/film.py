@@ -73,3 +73,25 @@ def accumulate(
     add_compensated(sums, errors, i, found)
     if has_query:
         add_compensated(cache_sums, cache_errors, i, cache_weight * cached)
+
+
+@wp.kernel
+def average_frames(
+    first: int,
+    # Params
+    frame_weight: float,  # 1 / frames
+    cache_weight: float,  # 1 / sum of the frames' cache weights, 0 without
+    # In
+    sums: wp.array[wp.vec3],  # (pixels,)
+    errors: wp.array[wp.vec3],  # (pixels,)
+    cache_sums: wp.array[wp.vec3],  # (pixels,), or (1,) without cache
+    cache_errors: wp.array[wp.vec3],
+    # Out
+    out_mean: wp.array[wp.vec3],  # (pixels,) [W m^-2 sr^-1]
+):
+    """Mean of the frames in a film. One thread per pixel."""
+    i = first + wp.tid()
+    mean = frame_weight * (sums[i] - errors[i])
+    if cache_weight > 0.0 and cache_sums.shape[0] == sums.shape[0]:
+        mean += cache_weight * (cache_sums[i] - cache_errors[i])
+    out_mean[i] = mean

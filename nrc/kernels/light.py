@@ -45,7 +45,7 @@ def environment_radiance(scene: wp.ref[SceneView], d: wp.vec3) -> wp.vec3:
     width = scene.environment_width
     height = scene.environment_height
     if width * height == 1:
-        return scene.environment[0]
+        return scene.environment_scale * scene.environment[0]
     local = wp.transpose(scene.environment_to_world) * d
     u = wp.atan2(local[0], -local[2]) * (0.5 / PI)
     v = wp.acos(wp.clamp(local[1], -1.0, 1.0)) / PI
@@ -61,7 +61,7 @@ def environment_radiance(scene: wp.ref[SceneView], d: wp.vec3) -> wp.vec3:
     bottom = wp.min(y0 + 1, height - 1) * width
     upper = (1.0 - fx) * scene.environment[top + column] + fx * scene.environment[top + next_column]
     lower = (1.0 - fx) * scene.environment[bottom + column] + fx * scene.environment[bottom + next_column]
-    return (1.0 - fy) * upper + fy * lower
+    return scene.environment_scale * ((1.0 - fy) * upper + fy * lower)
 
 
 @wp.func

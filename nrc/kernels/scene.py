@@ -86,6 +86,7 @@ class SceneView:
     colors: wp.array[wp.vec4]
     tangents: wp.array[wp.vec4]
     triangle_material: wp.array[int]
+    triangle_mesh: wp.array[int]  # index into the host scene's meshes
     triangle_attributes: wp.array[int]  # HAS_* flags
     triangle_light: wp.array[int]  # light table index, -1 for triangles that do not emit
     materials: wp.array[MaterialView]
@@ -98,7 +99,8 @@ class SceneView:
     light_probability: wp.array[float]  # alias table
     light_alias: wp.array[int]
     n_lights: int
-    environment: wp.array[wp.vec3]  # radiance, row-major
+    environment: wp.array[wp.vec3]  # radiance before the scale, row-major
+    environment_scale: float
     environment_width: int
     environment_height: int
     environment_rows: wp.array[float]  # marginal CDF over rows, height + 1

@@ -64,6 +64,7 @@ class TraceParams:
     """What stays the same for all paths of a frame."""
 
     integrator: int
+    split: int  # [px] columns left of it follow their paths to the end
     seed: int
     frame: int
     sobol: wp.array2d[wp.uint32]  # (points, 2) in bit-reversed order
@@ -198,6 +199,9 @@ def trace_paths(
     query_vertex = int(0)
     roulette_start = int(0)
 
+    integrator = params.integrator
+    if x < params.split:
+        integrator = INTEGRATOR_PATH
     slot = training_slot(params, x, y)
     unbiased = int(0)
     n_records = int(0)
@@ -265,10 +269,10 @@ def trace_paths(
             wo_local = wp.vec3(wo_local[0], wo_local[1], -wo_local[2])
         smooth = bsdf_has_smooth_lobe(surface.bsdf)
         cacheable = smooth and inside_box(surface.p, params.box_lower, params.box_upper)
-        if params.integrator != INTEGRATOR_PATH and cacheable:
+        if integrator != INTEGRATOR_PATH and cacheable:
             wide = spread * spread > params.spread_threshold * footprint
             if suffix == 0:
-                if (wide and vertex > 0) or params.integrator == INTEGRATOR_CACHE:
+                if (wide and vertex > 0) or integrator == INTEGRATOR_CACHE:
                     write_record(out_query, i, surface, wo, wo_local)
                     out_query_weight[i] = beta
                     out_query_spread[i] = spread * spread / footprint
