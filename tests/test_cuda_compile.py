@@ -70,6 +70,8 @@ def fit_kernels() -> list[wp.Kernel]:
     return [
         pixels.make_draw_pixels(wp.uint8, 3),
         pixels.make_draw_pixels(wp.float32, 4),
+        pixels.make_read_window(wp.uint8),
+        pixels.make_read_window(wp.float32),
         nerf.make_composite("Huber"),
     ]
 

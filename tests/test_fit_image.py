@@ -6,6 +6,7 @@ import math
 import runpy
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import OpenEXR
@@ -21,6 +22,7 @@ from nrc.fit import image as fit_image
 from nrc.fit import pixels as fit_pixels
 from nrc.fit.fitted_image import FittedImage
 from nrc.fit.image import ImageTask, evaluate_snapshot
+from nrc.fit.image_window import Window, WindowRenderer
 from nrc.fit.pixels import PixelSource
 from nrc.image import ImageError, read_image, srgb_encode, write_image
 from nrc.launch import set_threads
@@ -376,6 +378,60 @@ def test_impossible_crops_are_refused(trained: ImageTask, region: tuple, zoom: f
     """Empty, outside or fractional regions, zooms not positive, and pictures beyond memory raise ImageError."""
     with pytest.raises(ImageError, match="region must be" if region else "zoom must be|not fit into memory"):
         trained.fitted.reconstruct(region, zoom)
+
+
+def drawn(renderer: WindowRenderer, window: Window, **options: Any) -> np.ndarray:
+    """Picture of a window, (height, width, 3)."""
+    return renderer.draw(window, **options).numpy().reshape(window.height, window.width, 3).copy()
+
+
+def test_windows_show_fit_original_and_error(trained: ImageTask) -> None:
+    """At zoom 1 windows are the strips, the file and their difference; the split puts them side by side."""
+    renderer = WindowRenderer(trained.fitted, trained.source)
+    window = Window(40.0, 30.0, 1.0, 1.0, 120, 80)
+    part = np.s_[30:110, 40:160]
+    whole = np.concatenate([values for _, values in trained.fitted.strips()])
+    fitted, original = drawn(renderer, window), drawn(renderer, window, show="original")
+    np.testing.assert_array_equal(fitted, whole[part])
+    np.testing.assert_allclose(original, trained.source.pixels[part] / 255.0, atol=1e-6)
+    error = drawn(renderer, window, show="error", error_gain=4.0)
+    expected = np.clip(4.0 * np.abs(np.clip(fitted, 0.0, 1.0) - original), 0.0, 1.0)
+    np.testing.assert_allclose(error, expected, atol=1e-6)
+    split = drawn(renderer, window, split=0.25)
+    np.testing.assert_array_equal(split[:, :30], original[:, :30])
+    np.testing.assert_array_equal(split[:, 30], 1.0)
+    np.testing.assert_array_equal(split[:, 31:], fitted[:, 31:])
+
+
+def test_windows_zoom_and_reach_beyond(trained: ImageTask) -> None:
+    """Enlarged, the original is its nearest pixels; reduced, both are means; around the image is the background."""
+    renderer = WindowRenderer(trained.fitted, trained.source)
+    pixels = trained.source.pixels.astype(np.float32) / 255.0
+    large = drawn(renderer, Window.around(100.0, 50.0, 4.0, (80, 40), (80, 40)), show="original")
+    np.testing.assert_allclose(large, pixels[45:55, 90:110].repeat(4, axis=0).repeat(4, axis=1), atol=1e-6)
+    small = drawn(renderer, Window(0.0, 0.0, 3.0, 4.0, 100, 50), show="original")
+    # Of 3 x 4 pixels 4 x 4 samples see one column twice
+    columns = np.floor((np.arange(400) + 0.5) * 3.0 / 4.0).astype(int)
+    means = pixels[:, columns].reshape(50, 4, 100, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(small, means, atol=1e-5)
+    whole = np.concatenate([values for _, values in trained.fitted.strips()])
+    half = drawn(renderer, Window(0.0, 0.0, 2.0, 2.0, 150, 100))
+    np.testing.assert_allclose(half, whole.reshape(100, 2, 150, 2, 3).mean(axis=(1, 3)), atol=1e-6)
+    around = drawn(renderer, Window(-10.0, -20.0, 1.0, 1.0, 30, 50))
+    np.testing.assert_array_equal(around[20:, 10:], whole[:30, :20])
+    assert (around[:20] == around[0, 0]).all() and (around[:, :10] == around[0, 0]).all()
+
+
+def test_impossible_windows_are_refused(trained: ImageTask, png: Path) -> None:
+    """Zooms not positive, windows without size, another image's source, no source to show."""
+    with pytest.raises(ImageError, match="zoom must be positive"):
+        Window.around(0.0, 0.0, 0.0, (8, 8), (8, 8))
+    with pytest.raises(ImageError, match="a window needs"):
+        Window(0.0, math.nan, 1.0, 1.0, 8, 8)
+    with pytest.raises(ImageError, match=r"90x61 .* the fit 300x200"):
+        WindowRenderer(trained.fitted, PixelSource(png))
+    with pytest.raises(ImageError, match="original image is not there"):
+        WindowRenderer(trained.fitted).draw(Window(0.0, 0.0, 1.0, 1.0, 8, 8), show="error")
 
 
 def test_snapshot_gives_image_measures_and_field(trained: ImageTask, tmp_path: Path) -> None:

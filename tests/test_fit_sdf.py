@@ -10,8 +10,11 @@ from nrc.field import Field
 from nrc.fit import sdf
 from nrc.fit.mesh_distance import NOISE, MeshDistance
 from nrc.fit.sdf import SdfTask, draw, evaluate_snapshot
+from nrc.fit.sdf_render import BACKGROUND, IN_FRONT, SdfRenderer, Slice
 from nrc.fit.surface import SurfaceError, read_surface
 from nrc.image import read_image
+from nrc.kernels import sdf as kernels
+from nrc.scene import Camera
 from nrc.snapshot import SnapshotError
 
 CPU = wp.get_device("cpu")
@@ -310,8 +313,9 @@ def test_pictures_show_the_ball(trained, tmp_path, monkeypatch):
     )
     box = np.stack(np.meshgrid(*zip(target.lower, target.upper, strict=True)), axis=-1).reshape(-1, 3)
     back = direction / np.linalg.norm(direction)
-    camera = sdf._camera(direction, box, size)
-    eye, right, up = (np.array(v) for v in (camera.eye, camera.right, camera.up))
+    camera = sdf.framing_camera(direction, box)
+    eye, tangent = camera.to_world[:3, 3], np.tan(np.radians(15.0))
+    right, up = tangent * camera.to_world[:3, 0], tangent * camera.to_world[:3, 1]
     at = (np.arange(size) + 0.5) / size * 2.0 - 1.0
     d = -back + at[None, :, None] * right - at[:, None, None] * up
     d /= np.linalg.norm(d, axis=2, keepdims=True)
@@ -335,6 +339,88 @@ def test_pictures_show_the_ball(trained, tmp_path, monkeypatch):
     assert ball.volume == pytest.approx(4 / 3 * np.pi, rel=0.03)
     assert not any("not closed" in warning for warning in ball.warnings)
     assert read_image(files["shading"]).shape == read_image(files["normals"]).shape == (64, 64, 3)
+
+
+class BallField:
+    """Stands for a `Field`: the exact distance to a ball in the middle of the cube."""
+
+    def __init__(self, radius):
+        self.radius, self.device = radius, CPU
+
+    def inference(self, x, out=None, *, params=None, count=None):
+        """Rows of the distance; all of them, whatever the count."""
+        out[: len(x)].assign((np.linalg.norm(x.numpy() - 0.5, axis=1) - self.radius)[:, None].astype(np.float32))
+        return out
+
+
+def slice_color(distance, blur):
+    """Twin of `nrc.kernels.sdf.slice_color`, row by row."""
+
+    def smoothstep(a, b, x):
+        u = np.clip((x - a) / (b - a), 0.0, 1.0)
+        return u * u * (3.0 - 2.0 * u)
+
+    far = (1.0 - np.exp(-6.0 * np.abs(distance)))[:, None]
+    warm = (1.0 - far) * [0.95, 0.85, 0.7] + far * [0.8, 0.25, 0.05]
+    cold = (1.0 - far) * [0.75, 0.88, 0.95] + far * [0.02, 0.12, 0.5]
+    step, width = float(kernels.ISO_STEP), float(kernels.ISO_WIDTH)
+    nearest = np.abs(distance - step * np.round(distance / step))
+    line = 0.6 + 0.4 * smoothstep(0.5 * width, 0.5 * width + blur, nearest)
+    zero = smoothstep(width, width + blur, np.abs(distance))
+    return np.where((distance < 0.0)[:, None], cold, warm) * (line * zero)[:, None]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_slice_shows_distances_through_the_surface(quick):
+    """Hits have the ball's closed form, the plane the twin's colours, half hidden by the surface in front of it."""
+    width, height, radius = 80, 60, 0.3
+    camera = Camera.look_at((0.9, 1.6, 1.9), (0.5, 0.5, 0.5), fov=35.0)
+    lower, upper = np.full(3, 0.1), np.full(3, 0.9)
+    seen = SdfRenderer(BallField(radius), lower, upper).trace(
+        camera, width, height, plane=Slice(2, 0.625), window=(160, 120), quick=quick
+    )
+    half_x, half_y = camera.half_extents(width, height)
+    x = (2.0 * (np.arange(width) + 0.5) / width - 1.0) * half_x
+    y = (1.0 - 2.0 * (np.arange(height) + 0.5) / height) * half_y
+    d = np.stack([*np.meshgrid(x, y), np.full((height, width), -1.0)], axis=-1) @ camera.to_world[:3, :3].T
+    d = (d / np.linalg.norm(d, axis=-1, keepdims=True)).reshape(-1, 3)
+    o = camera.to_world[:3, 3]
+    t_plane = (0.6 - o[2]) / d[:, 2]
+    p = o + t_plane[:, None] * d
+    on_plane = ((p > lower - 1e-5) & (p < upper + 1e-5)).all(axis=1)
+    np.testing.assert_array_equal(seen.on_plane.numpy(), on_plane)
+    b = d @ (o - 0.5)
+    discriminant = b * b - ((o - 0.5) @ (o - 0.5) - radius**2)
+    t = -b - np.sqrt(np.maximum(discriminant, 0.0))
+    hit = (discriminant > 0.0) & ~(on_plane & (t > t_plane))
+    found = seen.state.numpy() == kernels.HIT
+    pixel = 2.0 * half_y / height * 2.0
+    assert (found != hit).mean() < 0.02 and hit.mean() > 0.1  # pixels along the outline, and where the plane cuts it
+    certain = found & hit & (discriminant > 0.01)
+    np.testing.assert_allclose(seen.t.numpy()[certain], t[certain], atol=3.0 * pixel if quick else 2e-3)
+    color = seen.color.numpy()
+    np.testing.assert_array_equal(color[~found & ~on_plane], np.float32(BACKGROUND))
+    plane = slice_color(np.linalg.norm(p - 0.5, axis=1) - radius, 2.0 * half_y / height * t_plane)
+    np.testing.assert_allclose(color[on_plane & ~found], plane[on_plane & ~found], atol=2e-3)
+    front = on_plane & found
+    assert front.any()
+    shaded = (color[front] - (1.0 - IN_FRONT) * plane[front]) / IN_FRONT
+    assert shaded.min() > -0.01 and shaded.max() < 1.0 and shaded.std() > 0.05
+
+
+def test_counts_left_on_the_device_give_the_same_picture(trained):
+    """As a GPU does, looking at the number of rays after every sixth round only: the same bits."""
+    target, camera = trained.target, sdf.framing_camera(np.array(sdf.VIEW), trained.target.to_cube().vertices)
+    pictures = []
+    for n_rounds in (1, 6):
+        renderer = SdfRenderer(trained.field, target.lower, target.upper, params=trained.trainer.ema_params)
+        renderer._n_rounds = n_rounds
+        pictures.append([renderer.render(camera, 60, 40, show=show).numpy().copy() for show in ("shaded", "slice")])
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    with pytest.raises(ValueError, match="axis 0, 1 or 2"):
+        Slice(3)
+    with pytest.raises(ValueError, match="view of a distance"):
+        renderer.render(camera, 8, 8, show="wire")
 
 
 def test_repairs_and_refusals(meshes, tmp_path):

@@ -15,7 +15,15 @@ from scipy.spatial.transform import Rotation
 
 from nrc.fit.camera_path import CameraPath, between, read_camera_path, write_frames
 from nrc.fit.frame import Placement
-from nrc.fit.nerf_render import NerfRenderer, depth_picture, evaluate_views, extract_mesh, render_view, write_pictures
+from nrc.fit.nerf_render import (
+    NerfRenderer,
+    depth_picture,
+    evaluate_views,
+    extract_mesh,
+    render_occupancy,
+    render_view,
+    write_pictures,
+)
 from nrc.fit.radiance_field import crop_box
 from nrc.fit.views import Camera, Views
 from nrc.image import read_image
@@ -242,6 +250,85 @@ def test_write_pictures_are_what_they_say(tmp_path: Path, device: wp.Device) -> 
     assert depth.shape == (24, 32, 3) and depth[12, 16, 0] > 230 and depth[0, 0, 0] == 0
     novel = read_image(paths["novel_view"]).astype(int)
     assert novel.shape == (24, 32, 3) and np.abs(novel - beside[:, :32]).max() > 10
+
+
+@pytest.mark.parametrize("aabb_scale", [1, 4])
+def test_occupancy_shows_the_first_cell_of_each_ray(aabb_scale: int, device: wp.Device) -> None:
+    """Depth, face and cascade are those of the first occupied interval between a ray's crossings of all grid planes."""
+    n_cascades = (aabb_scale - 1).bit_length() + 1
+    rng = np.random.default_rng(3)
+    words = rng.integers(0, 2**64, n_cascades * N_WORDS, np.uint64)
+    bits = np.where(rng.random(len(words)) < 0.01, words, np.uint64(0))
+    low = 0.5 - 0.5 * aabb_scale
+
+    class Cells(StubField):
+        def march_view(self, crop: Any = None) -> Any:
+            view = super().march_view()
+            view.n_cascades, view.scene_lower, view.inverse_size = n_cascades, wp.vec3(low), 1.0 / aabb_scale
+            box = crop_box(np.array([[low] * 3, [low + aabb_scale] * 3]), crop)
+            view.lower, view.upper = wp.vec3(*box[0]), wp.vec3(*box[1])
+            return view
+
+    field = Cells(device, lambda x: np.zeros(len(x)), bits=bits)
+    eye, (width, height) = np.array([0.3, 0.45, 0.5 + 0.8 * aabb_scale]), (20, 15)
+    turn = Rotation.from_euler("xyz", [0.21, 0.13, 0.3]).as_matrix()
+    camera = Camera.from_fov(np.concatenate([turn, eye[:, None]], axis=1), width, height, 0.8)
+    crop = ((low + 0.1, low, low), (low + aabb_scale,) * 3)
+    seen = render_occupancy(field, camera, crop)  # type: ignore[arg-type]
+    n_hit = n_same = 0
+    cascades, faces = set(), set()
+    for row in range(height):
+        for column in range(width):
+            x, y = (column + 0.5 - 0.5 * width) / camera.focal[0], (0.5 * height - row - 0.5) / camera.focal[1]
+            d = turn @ (np.array([x, y, -1.0]) / np.linalg.norm([x, y, -1.0]))
+            depth, cascade, face, chess = first_cell(bits, n_cascades, eye, d, np.array(crop))
+            n_hit += cascade >= 0
+            alpha = float(seen.alpha[row, column])
+            if (alpha > 0.5) != (cascade >= 0) or abs(seen.depth[row, column] - depth) > 1e-3:
+                continue  # a corner cut, see below
+            if cascade >= 0:
+                cascades.add(cascade)
+                faces.add(face)
+                base = [(0.75, 0.79, 0.85), (0.95, 0.68, 0.35), (0.45, 0.75, 0.50)][cascade]
+                light = {0: 0.66, 1: 0.82, 2: 1.0}[face] * (0.9 if chess else 1.0)
+                n_same += bool(np.abs(seen.color[row, column] - light * np.array(base)).max() < 1e-5)
+            else:
+                n_same += bool((seen.color[row, column] == 0.0).all())
+    assert n_hit > 50 and len(cascades) == n_cascades and len(faces) >= 2
+    # Rays go on 1e-4 of a cell behind each exit: corners closer than that are cut
+    assert n_same >= 0.99 * width * height
+
+
+def first_cell(
+    bits: np.ndarray, n_cascades: int, o: np.ndarray, d: np.ndarray, box: np.ndarray
+) -> tuple[float, int, int, int]:
+    """Distance, cascade, face and chessboard colour of the first occupied cell; (0, -1, -1, 0) where there is none."""
+    slabs = np.sort((box - o) / d, axis=0)
+    enter, leave = max(0.0, slabs[0].max()), slabs[1].min()
+    if enter >= leave:
+        return 0.0, -1, -1, 0
+    crossings, axes = [np.array([enter])], [np.array([slabs[0].argmax()])]
+    for cascade in range(n_cascades):
+        planes = (np.arange(129) / 128.0 - 0.5) * 2.0**cascade + 0.5
+        for axis in range(3):
+            crossings.append((planes - o[axis]) / d[axis])
+            axes.append(np.full(129, axis))
+    t, axis_of = np.concatenate(crossings), np.concatenate(axes)
+    inside = (t >= enter) & (t < leave)
+    order = np.argsort(t[inside], kind="stable")
+    t, axis_of = t[inside][order], axis_of[inside][order]
+    ends = np.append(t[1:], leave)
+    for begin, end, face in zip(t, ends, axis_of, strict=True):
+        if end - begin < 1e-9:
+            continue
+        p = o + 0.5 * (begin + end) * d - 0.5
+        cascade = max(0, math.ceil(math.log2(2.0 * np.abs(p).max())))
+        x, y, z = (int(c) for c in np.floor(p / 2.0**cascade * 128.0 + 64.0))
+        word = sum(((c >> 2 >> k) & 1) << (3 * k + a) for a, c in enumerate((x, y, z)) for k in range(5))
+        bit = sum(((c >> k) & 1) << (3 * k + a) for a, c in enumerate((x, y, z)) for k in range(2))
+        if int(bits[cascade * N_WORDS + word]) >> bit & 1:
+            return float(begin), cascade, int(face), (x + y + z) & 1
+    return 0.0, -1, -1, 0
 
 
 def test_depth_picture_of_nothing_is_black() -> None:

@@ -107,17 +107,32 @@ class FittedImage:
                 values = values.reshape(rows, fine, width, fine, -1).mean(axis=(1, 3), dtype=np.float32)
             yield y, values
 
-    def _values(self, x0: float, y0: float, width: int, height: int, pitch: float) -> np.ndarray:
-        """Encoded values (height, width, n_channels) of samples `pitch` apart."""
-        n = width * height
-        device = self.field.device
+    def sample(
+        self, x0: float, y0: float, width: int, height: int, pitch_x: float, pitch_y: float | None = None
+    ) -> wp.array:
+        """Encoded values in a rectangle of the image or around it: height rows of width samples, a pitch apart.
+
+        Args:
+            x0, y0: Upper left corner [px of the source]. Samples are in the middle of their cells.
+            pitch_x, pitch_y: Distance of neighbours [px of the source]; the same both ways by default.
+
+        Returns:
+            (height * width, n_channels) float32 on the device, overwritten by the next call.
+        """
+        n, device = width * height, self.field.device
         if self._x.shape[0] < n:
             self._x = wp.empty((n, 2), dtype=float, device=device)
             self._y = wp.empty((n, self.n_channels), dtype=float, device=device)
         x, y = self._x[:n], self._y[:n]
-        launch(px.place_pixels, n, inputs=[width, x0, y0, pitch, self.inverse_size], outputs=[x], device=device)
-        self.field.inference(x, y, params=self.params)
-        return np.array(y.numpy()).reshape(height, width, self.n_channels)  # the next strip reuses `y`
+        pitch_y = pitch_x if pitch_y is None else pitch_y
+        inputs = [width, x0, y0, pitch_x, pitch_y, self.inverse_size]
+        launch(px.place_pixels, n, inputs=inputs, outputs=[x], device=device)
+        return self.field.inference(x, y, params=self.params)
+
+    def _values(self, x0: float, y0: float, width: int, height: int, pitch: float) -> np.ndarray:
+        """What `sample` gives, (height, width, n_channels)."""
+        values = np.array(self.sample(x0, y0, width, height, pitch).numpy())  # the next strip reuses the memory
+        return values.reshape(height, width, self.n_channels)
 
     def decode(self, encoded: np.ndarray) -> np.ndarray:
         """Values of the field as `dtype`: linear floats, not negative, or integers clipped to their range."""
@@ -178,11 +193,7 @@ def measure(fitted: FittedImage, source: PixelSource) -> dict[str, float]:
     Raises:
         ImageError: The source has another size or other channels than what was fitted.
     """
-    if (fitted.width, fitted.height, fitted.n_channels) != (source.width, source.height, source.n_channels):
-        raise ImageError(
-            f"{source.path}: is {source.width}x{source.height} with {source.n_channels} channels, "
-            f"the fit {fitted.width}x{fitted.height} with {fitted.n_channels}"
-        )
+    check_same_image(fitted, source)
     n_colors = source.n_colors
     with_ssim = source.width * source.height <= SSIM_PIXELS
     error = relative_error = similarity = 0.0
@@ -255,6 +266,15 @@ def checked_entry(path: str | os.PathLike[str], config: Mapping[str, Any], kind:
     if not isinstance(fit.get("source"), str) or fit.get("dtype") not in ("uint8", "uint16", "float32"):
         raise SnapshotError(f"{path}: fit: source or dtype is missing or wrong")
     return fit
+
+
+def check_same_image(fitted: FittedImage, source: PixelSource) -> None:
+    """Raise ImageError where the source has another size or other channels than what was fitted."""
+    if (fitted.width, fitted.height, fitted.n_channels) != (source.width, source.height, source.n_channels):
+        raise ImageError(
+            f"{source.path}: is {source.width}x{source.height} with {source.n_channels} channels, "
+            f"the fit {fitted.width}x{fitted.height} with {fitted.n_channels}"
+        )
 
 
 def checked_region(region: Any, width: int, height: int) -> tuple[int, int, int, int]:

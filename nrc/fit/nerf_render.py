@@ -25,6 +25,8 @@ BLOCK_RAYS = 1 << 16  # rays worked on at once, on the CPU and on CUDA devices
 BLOCK_RAYS_CUDA = 1 << 19
 SAMPLES_PER_RAY = 8  # room for samples in a round
 MOST_SAMPLES = 8  # of a ray in a round: more would lie behind opaque ones
+# Of a round with few rays, in which that costs less than another round: of a ray, and of all together
+MOST_SAMPLES_FEW, FEW_SAMPLES = 32, 1 << 17
 SURFACE_OPACITY = 0.5  # of a step of 1/128 at a mesh's surface, by default
 MESH_POINTS = 1 << 18  # evaluated at once
 PICTURE_DEPTHS = (0.02, 0.98)  # quantiles of the depths that a depth picture spans
@@ -52,8 +54,22 @@ class RenderedView:
         return np.clip(self.color + rest, 0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class TracedView:
+    """As `RenderedView`, row by row on the device; the next picture overwrites it.
+
+    Attributes:
+        color: (height * width,) vec3. alpha, depth: (height * width,) float.
+    """
+
+    color: wp.array
+    alpha: wp.array
+    depth: wp.array
+    n_samples: int
+
+
 class NerfRenderer:
-    """Renders views of one radiance field; working memory is allocated once, whatever the size of the pictures.
+    """Renders views of one radiance field; working memory is kept between pictures, whatever their size.
 
     Args:
         field: What to look at, with the parameters its `density_params` and `color_params` name at each call.
@@ -76,7 +92,7 @@ class NerfRenderer:
         self._t, self._weight = empty(self.capacity), empty(self.capacity)
         self._x, self._code = empty(self.capacity, dtype=wp.vec3), empty(self.capacity, N_CODE)
         self._color_x, self._color = empty(self.capacity, N_COLOR_INPUTS), empty(self.capacity, 3)
-        self._out_color, self._out_alpha, self._out_depth = empty(n, dtype=wp.vec3), empty(n), empty(n)
+        self._out_color, self._out_alpha, self._out_depth = empty(0, dtype=wp.vec3), empty(0), empty(0)
 
     def render(self, camera: Camera, *, crop: tuple[Any, Any] | None = None) -> RenderedView:
         """The view of a camera, block by block of rays.
@@ -86,24 +102,52 @@ class NerfRenderer:
             crop: Lower and upper corner of the part to look at, in unit-cube space; the field's own by default.
         """
         width, height = camera.size
+        traced = self.trace(camera, crop=crop)
+        # On the CPU these are the arrays themselves, which the next picture overwrites
+        color, alpha, depth = (np.array(part.numpy()) for part in (traced.color, traced.alpha, traced.depth))
+        shape = (height, width)
+        return RenderedView(color.reshape(*shape, 3), alpha.reshape(shape), depth.reshape(shape), traced.n_samples)
+
+    def trace(self, camera: Camera, *, crop: tuple[Any, Any] | None = None) -> TracedView:
+        """As `render`, left on the device."""
+        width, height = camera.size
+        color, alpha, depth = self._outputs(width * height)
         cameras, march = camera.upload(self.device), self.field.march_view(crop)
-        color = np.empty((width * height, 3), np.float32)
-        alpha, depth = np.empty(width * height, np.float32), np.empty(width * height, np.float32)
         n_samples = 0
         for begin in range(0, width * height, self.block_rays):
             n = min(self.block_rays, width * height - begin)
-            n_samples += self._render_block(cameras, march, begin, n, width)
-            for out, block in ((color, self._out_color), (alpha, self._out_alpha), (depth, self._out_depth)):
-                out[begin : begin + n] = block[:n].numpy()
-        shape = (height, width)
-        return RenderedView(color.reshape(*shape, 3), alpha.reshape(shape), depth.reshape(shape), n_samples)
+            n_samples += self._trace_block(cameras, march, begin, n, width)
+            outputs = [array[begin : begin + n] for array in (color, alpha, depth)]
+            launch(kr.finish_view_rays, n, inputs=[self._rays], outputs=outputs, device=self.device)
+        return TracedView(color, alpha, depth, n_samples)
+
+    def trace_occupancy(self, camera: Camera, *, crop: tuple[Any, Any] | None = None) -> TracedView:
+        """The first occupied cell along each ray, as `render_occupancy` shows it, left on the device."""
+        n = camera.size[0] * camera.size[1]
+        color, alpha, depth = self._outputs(n)
+        launch(
+            kr.trace_occupancy,
+            n,
+            inputs=[camera.upload(self.device), self.field.march_view(crop), 0, camera.size[0]],
+            outputs=[color, alpha, depth],
+            device=self.device,
+            range_size=heavy_range(n),
+        )
+        return TracedView(color, alpha, depth, 0)
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels by name, for `nrc.launch.prepare`."""
         return {"radiance field pictures": kr.march_rays}
 
-    def _render_block(self, cameras: CamerasView, march: Any, begin: int, n: int, width: int) -> int:
-        """Leave the picture of `n` pixels in the output arrays; the number of samples taken."""
+    def _outputs(self, n: int) -> tuple[wp.array, wp.array, wp.array]:
+        """Colour, alpha and depth of `n` pixels."""
+        if self._out_alpha.shape[0] < n:
+            self._out_color = wp.empty(n, dtype=wp.vec3, device=self.device)
+            self._out_alpha, self._out_depth = (wp.empty(n, dtype=float, device=self.device) for _ in range(2))
+        return self._out_color[:n], self._out_alpha[:n], self._out_depth[:n]
+
+    def _trace_block(self, cameras: CamerasView, march: Any, begin: int, n: int, width: int) -> int:
+        """Leave the sums of `n` pixels in `_rays`; the number of samples taken."""
         rays, device = self._rays, self.device
         launch(
             kr.begin_view_rays,
@@ -117,8 +161,6 @@ class NerfRenderer:
         while n_alive:
             n_samples += self._march_round(march, n_alive)
             n_alive = self._gather(self._ray, n_alive)
-        outputs = [self._out_color, self._out_alpha, self._out_depth]
-        launch(kr.finish_view_rays, n, inputs=[rays], outputs=outputs, device=device)
         return n_samples
 
     def _gather(self, ray: wp.array | None, n: int) -> int:
@@ -137,7 +179,7 @@ class NerfRenderer:
     def _march_round(self, march: Any, n: int) -> int:
         """A few samples more for each of `n` rays; the number of all."""
         field, rays, device = self.field, self._rays, self.device
-        most = min(MOST_SAMPLES, self.capacity // n)
+        most = min(max(MOST_SAMPLES, min(MOST_SAMPLES_FEW, FEW_SAMPLES // n)), self.capacity // n)
         slots, size = [self._ray, self._n, self._end], heavy_range(n)
         launch(
             kr.march_rays,
@@ -180,6 +222,18 @@ def render_view(field: RadianceField, camera: Camera, *, crop: tuple[Any, Any] |
     n = camera.size[0] * camera.size[1]
     block_rays = BLOCK_RAYS if field.device.is_cpu else BLOCK_RAYS_CUDA
     return NerfRenderer(field, block_rays=min(n, block_rays)).render(camera, crop=crop)
+
+
+def render_occupancy(field: RadianceField, camera: Camera, crop: tuple[Any, Any] | None = None) -> RenderedView:
+    """The first occupied cell along each ray of a camera: its colour tells cascade and face, its depth where it is.
+
+    Arguments as of `NerfRenderer.render`.
+    """
+    width, height = camera.size
+    traced = NerfRenderer(field, block_rays=1).trace_occupancy(camera, crop=crop)
+    color, alpha, depth = (part.numpy() for part in (traced.color, traced.alpha, traced.depth))
+    shape = (height, width)
+    return RenderedView(color.reshape(*shape, 3), alpha.reshape(shape), depth.reshape(shape), traced.n_samples)
 
 
 def evaluate_views(
@@ -256,12 +310,21 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
 
 def depth_picture(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8: near is bright, far is dark, what is not there is black."""
-    seen = alpha > 0.5
-    if not seen.any():
+    span = depth_span(depth, alpha)
+    if span is None:
         return np.zeros((*depth.shape, 3), np.uint8)
-    near, far = np.quantile(depth[seen], PICTURE_DEPTHS)
+    near, far = span
     grey = 1.0 - 0.9 * np.clip((depth - near) / max(far - near, 1e-9), 0.0, 1.0)
     return np.repeat(to_bytes(grey * alpha)[:, :, None], 3, axis=2)
+
+
+def depth_span(depth: np.ndarray, alpha: np.ndarray) -> tuple[float, float] | None:
+    """The depths that a picture shows brightest and darkest; None where nothing is seen."""
+    seen = alpha > 0.5
+    if not seen.any():
+        return None
+    near, far = np.quantile(depth[seen], PICTURE_DEPTHS)
+    return float(near), float(far)
 
 
 def extract_mesh(

@@ -18,12 +18,14 @@ import warp as wp
 from nrc.field import SNAPSHOT_KIND, Field
 from nrc.fit.job import TASK_STEPS, steps_of
 from nrc.fit.mesh_distance import MeshDistance
+from nrc.fit.sdf_render import SdfRenderer
 from nrc.fit.settings import make_config
 from nrc.fit.surface import Surface, chamfer, extract_surface, mesh_iou, overlap, write_surface
 from nrc.image import write_image
 from nrc.kernels import sdf
 from nrc.launch import heavy_range, launch, resolve_device
 from nrc.optimizer import restore
+from nrc.scene import Camera
 from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors
 from nrc.trainer import Trainer
 
@@ -36,11 +38,9 @@ N_COMPARED = 1 << 18  # points that compare the extracted surface with the mesh
 PROGRESS_SAMPLE, EVALUATE_SAMPLE = -1, -2  # of the generator; training's are its steps
 RESOLUTION = 256  # cells along the longest side of the mesh's box
 PICTURE_SIZE, SUPERSAMPLING = 800, 2  # pixels, rays per pixel and axis
-MAX_STEPS, CLOSE = 96, 2e-4  # of sphere tracing
-NORMAL_STEP = 5e-4  # of the differences that normals come from
 LEAST_IOU = 0.9  # below, the zero level is mostly noise inside the box: too many triangles to measure or to keep
-BACKGROUND = 0.75  # linear
 ROUNDING = 1e-6  # of the corners of a box
+FOV = 30.0  # degrees, of pictures
 VIEW = (0.55, 0.35, 1.0)  # from the mesh's centre to the camera; y is up
 
 
@@ -323,75 +323,35 @@ def draw(
     Returns:
         The shaded picture, linear (size, size, 3) float32, and the normals as colours (n + 1) / 2, uint8.
     """
-    device, wide = field.device, SUPERSAMPLING * size
-    n_rays = wide * wide
     if frame is None:
         frame = np.stack(np.meshgrid(*zip(lower, upper, strict=True)), axis=-1).reshape(-1, 3)
-    camera = _camera(np.asarray(direction, float), frame, wide)
-    way = wp.empty(n_rays, dtype=wp.vec3, device=device)
-    t, t_end = (wp.empty(n_rays, dtype=float, device=device) for _ in range(2))
-    state = wp.empty(n_rays, dtype=int, device=device)
-    launch(
-        sdf.start_rays,
-        n_rays,
-        inputs=[camera, wp.vec3(*lower), wp.vec3(*upper)],
-        outputs=[way, t, t_end, state],
-        device=device,
-    )
-
-    def place(rays: wp.array) -> wp.array:
-        x = wp.empty(len(rays), dtype=wp.vec3, device=device)
-        launch(sdf.place_points, len(rays), inputs=[camera.eye, rays, way, t], outputs=[x], device=device)
-        return x
-
-    def in_state(wanted: int) -> wp.array:
-        return wp.array(np.flatnonzero(state.numpy() == wanted).astype(np.int32), dtype=int, device=device)
-
-    for _ in range(MAX_STEPS):
-        rays = in_state(sdf.TRACED)
-        if not len(rays):
-            break
-        distance = field.inference(place(rays), params=params)
-        launch(sdf.advance_rays, len(rays), inputs=[CLOSE, rays, distance, t_end], outputs=[t, state], device=device)
-
-    normal, color = (wp.zeros(n_rays, dtype=wp.vec3, device=device) for _ in range(2))
-    rays = in_state(sdf.HIT)
-    hit = np.zeros(n_rays, bool)
-    hit[rays.numpy()] = True
-    if len(rays):
-        corners = wp.empty(4 * len(rays), dtype=wp.vec3, device=device)
-        launch(sdf.place_corners, len(corners), inputs=[NORMAL_STEP, place(rays)], outputs=[corners], device=device)
-        to_light = np.array(camera.right) * -0.9 + np.array(camera.up) * 1.6 - np.array(camera.forward)
-        launch(
-            sdf.shade_points,
-            len(rays),
-            inputs=[wp.vec3(*(to_light / np.linalg.norm(to_light))), rays, field.inference(corners, params=params)],
-            outputs=[normal, color],
-            device=device,
-        )
-    shading = np.where(hit[:, None], color.numpy(), np.float32(BACKGROUND))
-    directions = np.where(hit[:, None], 127.5 * normal.numpy() + 127.5, np.float32(255.0))
+    wide = SUPERSAMPLING * size
+    camera = framing_camera(np.asarray(direction, float), frame)
+    seen = SdfRenderer(field, lower, upper, params=params).trace(camera, wide, wide)
+    hit = (seen.state.numpy() == sdf.HIT)[:, None]
+    directions = np.where(hit, 127.5 * seen.normal.numpy() + 127.5, np.float32(255.0))
     blocks = (size, SUPERSAMPLING, size, SUPERSAMPLING, 3)
-    shading, directions = (image.reshape(blocks).mean(axis=(1, 3)) for image in (shading, directions))
+    shading, directions = (image.reshape(blocks).mean(axis=(1, 3)) for image in (seen.color.numpy(), directions))
     return shading, np.clip(directions + 0.5, 0.0, 255.0).astype(np.uint8)
 
 
-def _camera(direction: np.ndarray, frame: np.ndarray, size: int) -> Any:
-    """A camera of 30 degrees that sees all points of `frame`, with a little room around them."""
+def framing_camera(direction: np.ndarray, frame: np.ndarray) -> Camera:
+    """A camera of 30 degrees that sees all points (n, 3) of `frame`, with a little room around them.
+
+    `direction` leads from the points to the camera; y is up.
+    """
     low, high = frame.min(axis=0), frame.max(axis=0)
-    centre, tangent = 0.5 * (low + high).astype(float), np.tan(np.radians(15.0))
+    centre = 0.5 * (low + high).astype(float)
     back = direction / np.linalg.norm(direction)
     right = np.cross((0.0, 1.0, 0.0) if abs(back[1]) < 0.99 else (0.0, 0.0, -1.0), back)
     right /= np.linalg.norm(right)
     up = np.cross(back, right)
     from_centre = frame - centre
     aside = np.maximum(abs(from_centre @ right), abs(from_centre @ up))
-    distance = (from_centre @ back + 1.05 * aside / tangent).max()
-    camera = sdf.PinholeView()
-    camera.eye, camera.forward = wp.vec3(*(centre + distance * back)), wp.vec3(*-back)
-    camera.right, camera.up = wp.vec3(*(tangent * right)), wp.vec3(*(tangent * up))
-    camera.width = camera.height = size
-    return camera
+    distance = (from_centre @ back + 1.05 * aside / np.tan(np.radians(0.5 * FOV))).max()
+    to_world = np.eye(4)
+    to_world[:3] = np.stack([right, up, back, centre + distance * back], axis=1)
+    return Camera(to_world, fov=FOV, fov_axis="smaller")
 
 
 def _measure(field: Field, params: wp.array, target: MeshDistance) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from nrc.fit.transforms import DEFAULT_SCALE, read_transforms
 from nrc.image import ImageError, read_image, to_srgb8
 from nrc.kernels.lens import CamerasView, vec6
 from nrc.launch import threads
+from nrc.scene import Camera as SceneCamera
 from nrc.scene import SceneError
 
 DEFAULT_HOLDOUT = 8
@@ -56,6 +57,24 @@ class Camera:
         """Pinhole camera with square pixels and horizontal field of view `fov` [rad]."""
         focal = 0.5 * width / np.tan(0.5 * fov)
         return Camera(np.asarray(c2w), (focal, focal), (0.5 * width, 0.5 * height), (width, height))
+
+    @staticmethod
+    def from_scene(camera: SceneCamera, width: int, height: int, window: tuple[int, int] | None = None) -> Camera:
+        """A scene's camera without its lens.
+
+        Args:
+            window: Size [px] of what the picture is scaled to, which the field of view is of; the picture's by default.
+        """
+        half_x, half_y = camera.half_extents(*(window or (width, height)))
+        focal = (0.5 * width / half_x, 0.5 * height / half_y)
+        return Camera(camera.to_world[:3], focal, (0.5 * width, 0.5 * height), (width, height))
+
+    def to_scene(self) -> SceneCamera:
+        """This camera as a scene's, the vertical field of view kept: without distortion, looking at its middle."""
+        to_world = np.eye(4)
+        to_world[:3] = self.c2w
+        fov = np.degrees(2.0 * np.arctan(0.5 * self.size[1] / self.focal[1]))
+        return SceneCamera(to_world, fov=float(fov), fov_axis="y")
 
     def resized(self, width: int, height: int) -> Camera:
         """The same camera with another number of pixels."""

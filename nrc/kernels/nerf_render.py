@@ -10,6 +10,7 @@ from nrc.kernels.lens import CamerasView, camera_ray
 from nrc.kernels.nerf import (
     MIN_TRANSMITTANCE,
     N_CODE,
+    TINY,
     MarchView,
     density_of,
     enter_box,
@@ -25,6 +26,8 @@ wp.set_module_options({"enable_backward": False})
 
 MIN_WEIGHT = wp.constant(1e-3)  # of a sample whose colour is evaluated; it stands for those skipped in front of it
 EMPTY = wp.constant(-15.0)  # log density outside of occupied cells
+NUDGE = wp.constant(1e-4)  # of a cell, behind its exit
+FAR_GREY = wp.constant(0.1)  # of the farthest depth shown
 
 
 @wp.struct
@@ -297,3 +300,126 @@ def find_occupied(
     word = march.bits[cascade * N_WORDS + morton_encode(x >> 2, y >> 2, z >> 2)]
     out_occupied[i] = int((word >> wp.uint64(morton_encode(x & 3, y & 3, z & 3))) & wp.uint64(1))
     out_x[i] = field_position(march, p[i])
+
+
+@wp.func
+def cascade_color(cascade: int) -> wp.vec3:
+    """Colour of the cells of a cascade, sRGB-encoded: repeated every six."""
+    k = cascade % 6
+    if k == 0:
+        return wp.vec3(0.75, 0.79, 0.85)
+    if k == 1:
+        return wp.vec3(0.95, 0.68, 0.35)
+    if k == 2:
+        return wp.vec3(0.45, 0.75, 0.50)
+    if k == 3:
+        return wp.vec3(0.40, 0.62, 0.92)
+    if k == 4:
+        return wp.vec3(0.85, 0.48, 0.62)
+    return wp.vec3(0.66, 0.54, 0.85)
+
+
+@wp.func
+def face_light(axis: int) -> float:
+    """Brightness of a cell's face by the axis of its normal; of a cell that the ray begins in, axis -1, the lowest."""
+    return wp.where(axis == 2, 1.0, wp.where(axis == 1, 0.82, wp.where(axis == 0, 0.66, 0.5)))
+
+
+@wp.kernel
+def trace_occupancy(
+    first: int,
+    # Scene
+    cameras: CamerasView,
+    march: MarchView,
+    # Params
+    i_image: int,
+    width: int,
+    # Out
+    out_color: wp.array[wp.vec3],  # (rays) sRGB-encoded, black where no cell is met
+    out_alpha: wp.array[float],  # 1 where a cell is met, else 0
+    out_depth: wp.array[float],  # distance of the face met, 0 without one
+):
+    """Follow rays through pixels' centres cell by cell to the first occupied one. One thread per ray.
+
+    The cells are those of the finest cascade around each point. Their colour says which cascade, the face met and,
+    like a chessboard, where one cell ends and the next begins.
+    """
+    i = first + wp.tid()
+    o, d = camera_ray(cameras, i_image, wp.vec2(float(i % width) + 0.5, float(i // width) + 0.5))
+    t, t_end = enter_box(march, o, d)
+    face = int(-1)  # axis of the face that the ray came through
+    for a in range(3):
+        near = wp.where(d[a] > 0.0, march.lower[a], march.upper[a])
+        if t > march.near and wp.abs(o[a] + d[a] * t - near) < 1.0e-5 * (1.0 + wp.abs(near)):
+            face = a
+    color = wp.vec3()
+    alpha = float(0.0)
+    depth = float(0.0)
+    while t < t_end and alpha == 0.0:
+        # A point on a face belongs to either side, one behind it to the next cell, perhaps of another cascade
+        inside = t + NUDGE * float(1 << find_cascade(march, o + d * t, 0.0)) / float(GRID_SIZE)
+        cascade = find_cascade(march, o + d * inside, 0.0)
+        cells = float(GRID_SIZE) / float(1 << cascade)  # per unit of space
+        q = (o + d * inside - wp.vec3(0.5)) * cells + wp.vec3(0.5 * float(GRID_SIZE))
+        x = wp.clamp(int(q[0]), 0, GRID_SIZE - 1)
+        y = wp.clamp(int(q[1]), 0, GRID_SIZE - 1)
+        z = wp.clamp(int(q[2]), 0, GRID_SIZE - 1)
+        word = march.bits[cascade * N_WORDS + morton_encode(x >> 2, y >> 2, z >> 2)]
+        size = int(4)
+        if word != wp.uint64(0):
+            size = 1
+            if ((word >> wp.uint64(morton_encode(x & 3, y & 3, z & 3))) & wp.uint64(1)) != wp.uint64(0):
+                alpha = 1.0
+                depth = t
+                chess = wp.where(((x + y + z) & 1) == 0, 1.0, 0.9)
+                color = face_light(face) * chess * cascade_color(cascade)
+        if alpha == 0.0:
+            cell = wp.vec3(float(x // size * size), float(y // size * size), float(z // size * size))
+            distance = float(1e10)  # to the cell's or the block's exit, in cells
+            for a in range(3):
+                exit = float(1e10)
+                if d[a] > TINY:
+                    exit = (cell[a] + float(size) - q[a]) / d[a]
+                elif d[a] < -TINY:
+                    exit = (cell[a] - q[a]) / d[a]
+                if exit < distance:
+                    distance = exit
+                    face = a
+            t = inside + wp.max(distance, 0.0) / cells
+    out_color[i] = color
+    out_alpha[i] = alpha
+    out_depth[i] = depth
+
+
+@wp.kernel
+def put_over(
+    first: int,
+    # Params
+    background: float,
+    # In
+    color: wp.array[wp.vec3],  # (rays) premultiplied by alpha
+    alpha: wp.array[float],
+    # Out
+    out_color: wp.array[wp.vec3],
+):
+    """Put a picture over a grey background. One thread per pixel."""
+    i = first + wp.tid()
+    out_color[i] = color[i] + (1.0 - alpha[i]) * wp.vec3(background)
+
+
+@wp.kernel
+def shade_depth(
+    first: int,
+    # Params
+    near: float,
+    far: float,
+    # In
+    depth: wp.array[float],  # (rays)
+    alpha: wp.array[float],
+    # Out
+    out_color: wp.array[wp.vec3],
+):
+    """Show depth as grey: near is bright, far is dark, what is not there is black. One thread per pixel."""
+    i = first + wp.tid()
+    place = wp.clamp((depth[i] - near) / wp.max(far - near, 1.0e-9), 0.0, 1.0)
+    out_color[i] = wp.vec3((1.0 - (1.0 - FAR_GREY) * place) * alpha[i])

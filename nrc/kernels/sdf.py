@@ -17,6 +17,8 @@ WINDING_ACCURACY = wp.constant(2.0)  # clusters of triangles farther than this m
 HALF_STEP = wp.constant(0.5 * float(TO_UNIT))
 
 TRACED, HIT, MISSED = 0, 1, 2  # states of a ray
+ISO_STEP = wp.constant(0.025)  # between lines of equal distance on a slice
+ISO_WIDTH = wp.constant(0.0015)  # of half the line at distance 0; the others are half as wide
 
 
 @wp.struct
@@ -230,6 +232,14 @@ class PinholeView:
     height: int
 
 
+@wp.struct
+class SliceView:
+    """An axis-aligned plane through the box, which hides what lies behind it."""
+
+    axis: int  # 0, 1 or 2; -1 for no plane
+    level: float  # coordinate along the axis
+
+
 @wp.kernel
 def start_rays(
     first: int,
@@ -237,11 +247,14 @@ def start_rays(
     camera: PinholeView,
     lower: wp.vec3,
     upper: wp.vec3,
+    plane: SliceView,
     # Out
     out_direction: wp.array[wp.vec3],  # (n_rays,) unit
     out_t: wp.array[float],  # (n_rays,) where the ray enters the box
-    out_t_end: wp.array[float],  # (n_rays,) where it leaves it
+    out_t_end: wp.array[float],  # (n_rays,) where it meets the plane, or leaves the box
     out_state: wp.array[int],  # (n_rays,) TRACED or MISSED
+    out_on_plane: wp.array[int],  # (n_rays,) 1 where it meets the plane inside the box
+    out_alive: wp.array[int],  # (n_rays,) 1 where it is traced
 ):
     """Send a ray through each pixel's centre to the box. One thread per ray."""
     i = first + wp.tid()
@@ -252,6 +265,7 @@ def start_rays(
     d = wp.normalize(camera.forward + x * camera.right + y * camera.up)
     enter = float(0.0)
     leave = float(1.0e30)
+    t_plane = float(-1.0)
     for axis in range(3):
         direction = d[axis]
         if wp.abs(direction) < 1.0e-9:
@@ -260,51 +274,95 @@ def start_rays(
         b = (upper[axis] - camera.eye[axis]) / direction
         enter = wp.max(enter, wp.min(a, b))
         leave = wp.min(leave, wp.max(a, b))
+        if axis == plane.axis:
+            t_plane = (plane.level - camera.eye[axis]) / direction
+    # On a face of the box the two distances are the same
+    on_plane = enter <= leave and t_plane >= enter and t_plane <= leave
+    if on_plane:
+        leave = t_plane
+    alive = enter < leave
     out_direction[i] = d
     out_t[i] = enter
     out_t_end[i] = leave
-    out_state[i] = wp.where(enter < leave, TRACED, MISSED)
+    out_state[i] = wp.where(alive, TRACED, MISSED)
+    out_on_plane[i] = wp.where(on_plane, 1, 0)
+    out_alive[i] = wp.where(alive, 1, 0)
 
 
 @wp.kernel
-def place_points(
+def gather_points(
     first: int,
     # Params
     eye: wp.vec3,
     # In
-    ray: wp.array[int],  # (n,) ray of each point
+    ray: wp.array[int],  # (slots,) ray of each slot; the slot's own number where empty
+    alive: wp.array[int],  # (slots,)
+    end: wp.array[int],  # (slots,) inclusive scan of `alive`
     direction: wp.array[wp.vec3],  # (n_rays,)
     t: wp.array[float],  # (n_rays,)
     # Out
-    out_x: wp.array[wp.vec3],  # (n,)
+    out_ray: wp.array[int],
+    out_x: wp.array[wp.vec3],
 ):
-    """Place the points at which rays have arrived. One thread per ray still traced."""
+    """Move the rays that are alive together and place the points where they have arrived. One thread per slot."""
     i = first + wp.tid()
-    out_x[i] = eye + t[ray[i]] * direction[ray[i]]
+    if alive[i] == 1:
+        r = i
+        if ray:
+            r = ray[i]
+        out_ray[end[i] - 1] = r
+        out_x[end[i] - 1] = eye + t[r] * direction[r]
 
 
 @wp.kernel
 def advance_rays(
     first: int,
     # Params
-    close: float,  # distance that counts as a hit
+    close: float,  # distance that counts as a hit, and what it grows by with distance from the eye
+    spread: float,
     # In
-    ray: wp.array[int],  # (n,) ray of each point
-    distance: wp.array2d[float],  # (n, 1) of the field there
+    count: wp.array[int],  # (1,) slots in use, or empty: all
+    ray: wp.array[int],  # (slots,)
+    distance: wp.array2d[float],  # (slots, 1) of the field there
     t_end: wp.array[float],  # (n_rays,)
     # In/out
     t: wp.array[float],  # (n_rays,)
     state: wp.array[int],  # (n_rays,)
+    # Out
+    out_alive: wp.array[int],  # (slots,) 1 where the ray is still traced
 ):
-    """Advance each ray by the distance at its point, back where it is negative (Hart 1996). One thread per ray."""
+    """Advance each ray by the distance at its point, back where it is negative (Hart 1996). One thread per slot."""
     i = first + wp.tid()
+    out_alive[i] = 0
+    if count:
+        if i >= count[0]:
+            return
     r = ray[i]
     d = distance[i, 0]
     t[r] += d
-    if wp.abs(d) < close:
+    if wp.abs(d) < close + spread * t[r]:
         state[r] = HIT
-    elif t[r] > t_end[r]:
+    elif t[r] > t_end[r] or t[r] < 0.0:
         state[r] = MISSED
+    else:
+        out_alive[i] = 1
+
+
+@wp.kernel
+def mark_hits(
+    first: int,
+    # Params
+    take_traced: int,  # 1: rays that have not arrived anywhere count as hits
+    # In/out
+    state: wp.array[int],  # (n_rays,)
+    # Out
+    out_hit: wp.array[int],  # (n_rays,)
+):
+    """Mark the rays that have met the surface. One thread per ray."""
+    i = first + wp.tid()
+    if take_traced != 0 and state[i] == TRACED:
+        state[i] = HIT
+    out_hit[i] = wp.where(state[i] == HIT, 1, 0)
 
 
 @wp.func
@@ -350,3 +408,61 @@ def shade_points(
     sky = (0.5 + 0.5 * n[1]) * wp.vec3(0.16, 0.2, 0.27) + wp.vec3(0.04, 0.035, 0.03)
     out_normal[ray[i]] = n
     out_color[ray[i]] = sun + sky
+
+
+@wp.func
+def slice_color(distance: float, blur: float) -> wp.vec3:
+    """False colour of a signed distance, linear, with lines of equal distance and a black one at 0.
+
+    Warm outside, blue inside, both darker with distance; edges of lines are smooth over `blur`.
+    """
+    far = 1.0 - wp.exp(-6.0 * wp.abs(distance))
+    near_color = wp.vec3(0.95, 0.85, 0.7)
+    color = wp.lerp(near_color, wp.vec3(0.8, 0.25, 0.05), far)
+    if distance < 0.0:
+        color = wp.lerp(wp.vec3(0.75, 0.88, 0.95), wp.vec3(0.02, 0.12, 0.5), far)
+    nearest = wp.abs(distance - ISO_STEP * wp.round(distance / ISO_STEP))
+    color *= 0.6 + 0.4 * wp.smoothstep(0.5 * ISO_WIDTH, 0.5 * ISO_WIDTH + blur, nearest)
+    return color * wp.smoothstep(ISO_WIDTH, ISO_WIDTH + blur, wp.abs(distance))
+
+
+@wp.kernel
+def shade_slice(
+    first: int,
+    # Params
+    pixel: float,  # of the picture, at distance 1
+    opacity: float,  # of the surface in front of the plane
+    # In
+    ray: wp.array[int],  # (n,) ray of each point
+    distance: wp.array2d[float],  # (n, 1) of the field there
+    t_plane: wp.array[float],  # (n_rays,)
+    state: wp.array[int],  # (n_rays,)
+    # In/out
+    color: wp.array[wp.vec3],  # (n_rays,) linear; of the surface in front
+):
+    """Show the distances on the plane, through what is in front of it. One thread per ray that meets the plane."""
+    i = first + wp.tid()
+    r = ray[i]
+    shown = slice_color(distance[i, 0], pixel * t_plane[r])
+    if state[r] == HIT:
+        shown = wp.lerp(shown, color[r], opacity)
+    color[r] = shown
+
+
+@wp.kernel
+def show_normals(
+    first: int,
+    # Params
+    background: float,
+    # In
+    state: wp.array[int],  # (n_rays,)
+    normal: wp.array[wp.vec3],  # (n_rays,)
+    # Out
+    out_color: wp.array[wp.vec3],  # (n_rays,)
+):
+    """Write normals as colours (n + 1) / 2. One thread per ray."""
+    i = first + wp.tid()
+    shown = wp.vec3(background)
+    if state[i] == HIT:
+        shown = 0.5 * normal[i] + wp.vec3(0.5)
+    out_color[i] = shown
