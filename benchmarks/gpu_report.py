@@ -1,6 +1,6 @@
 """One command for a machine with a CUDA device: does everything agree with the CPU, and how fast is it?
 
-    python benchmarks/gpu_report.py [--device cuda:0] [--minutes 9] [--out benchmarks/results]
+    python benchmarks/gpu_report.py [--device cuda:0] [--minutes 9] [--only SECTION ...] [--out benchmarks/results]
 
 Measures the device's ceilings (copy bandwidth, fp16 tensor-core rate), compares every kernel family with the CPU,
 times encoding, inference, training, the radiance cache and the path tracer, runs the tests marked `gpu`, and writes a
@@ -482,6 +482,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cuda:0, ... or cpu (default: the first CUDA device)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check this program")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help="sections to run, by title"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing new begins (default: 9)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     arguments = parser.parse_args()
@@ -502,7 +505,8 @@ def main() -> int:
         "sections": {},
     }
     ceilings: dict[str, float] = {}
-    for title, section in SECTIONS.items():
+    for title in arguments.only or SECTIONS:
+        section = SECTIONS[title]
         begin = time.perf_counter()
         rows = []
         for row in section(settings, ceilings):

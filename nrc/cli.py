@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nrc import assets, cli_fit, launch
-from nrc.cli_arguments import UsageError, add_device, positive_float, positive_int, say, use_threads
+from nrc import assets, cli_fit, cli_view, launch
+from nrc.cli_arguments import UsageError, add_device, parse_defines, positive_float, positive_int, say, use_threads
 from nrc.image import read_linear, to_srgb8, write_exr, write_image
 from nrc.metrics import compare, difference_picture
 from nrc.scene import Scene
@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add_device(field)
     field.set_defaults(run=_bench_field)
 
-    for command in (render, scenes, compared, info, cache, rays, field, *cli_fit.add_commands(commands)):
+    view = cli_view.add_command(commands)
+    for command in (render, view, scenes, compared, info, cache, rays, field, *cli_fit.add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -133,13 +134,7 @@ def _add_render_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Scene:
-    defines = {}
-    for text in arguments.defines:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"-D {text}: expected NAME=VALUE")
-        defines[name] = value
-    scene = assets.load(arguments.scene, defines=defines or None)
+    scene = assets.load(arguments.scene, defines=parse_defines(arguments.defines))
     for warning in scene.warnings:
         print(f"nrc: warning: {warning}", file=sys.stderr)
     if not scene.has_light:

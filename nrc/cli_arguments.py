@@ -38,6 +38,17 @@ def positive_float(text: str) -> float:
     return value
 
 
+def parse_defines(texts: list[str]) -> dict[str, str] | None:
+    """Values of NAME=VALUE by name, None without any. Raises UsageError."""
+    defines = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-D {text}: expected NAME=VALUE")
+        defines[name] = value
+    return defines or None
+
+
 def use_threads(arguments: argparse.Namespace) -> None:
     import warp as wp
 

@@ -21,6 +21,7 @@ FORBIDDEN = [
     (("nrc.cache", "nrc.field", "nrc.trainer"), ("nrc.pathtracer", "nrc.scene", "nrc.assets", "nrc.renderer")),
     (("nrc.scene", "nrc.image", "nrc.launch", "nrc.assets"), ("nrc.pathtracer", "nrc.cache", "nrc.renderer")),
     (("nrc.fit",), ("nrc.pathtracer", "nrc.cache", "nrc.renderer", "nrc.device_scene")),
+    (("nrc.display",), ("nrc.cache", "nrc.renderer", "nrc.assets")),
     (("nrc.launch",), ("nrc.scene", "nrc.image", "nrc.kernels")),
 ]
 # The renderer, and what is built on it
@@ -28,6 +29,7 @@ CACHE_CONSUMERS = (
     "nrc",
     "nrc.bench",
     "nrc.cli",
+    "nrc.cli_view",
     "nrc.debug_views",
     "nrc.integrations",
     "nrc.render_job",

@@ -1,0 +1,361 @@
+"""The viewer in a real window: opened, resized, driven by events, compared with the library's own pictures, closed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nrc import assets
+from nrc.image import read_image, read_linear, to_srgb8
+from nrc.metrics import psnr
+from nrc.pathtracer import PathTracerConfig
+from nrc.renderer import Renderer
+
+pytest.importorskip("pyglet", reason="the viewer's packages are not installed (pip install 'nrc[viewer]')")
+pytest.importorskip("imgui_bundle", reason="the viewer's packages are not installed (pip install 'nrc[viewer]')")
+
+PATIENCE = 120.0  # seconds that anything may take on a busy machine, first compilation included
+SAME = 45.0  # dB: the window's picture and the library's, which differ by one rounding to eight bits
+SIZE = (160, 120)  # of pictures
+
+
+@pytest.fixture(scope="module")
+def display() -> Iterator[str]:
+    """A display: the one there is, or a virtual one of this module's own."""
+    if os.environ.get("DISPLAY"):
+        yield os.environ["DISPLAY"]
+        return
+    if shutil.which("Xvfb") is None:
+        pytest.skip("there is no display, and no Xvfb to make one")
+    read, write = os.pipe()
+    command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1600x1000x24", "-nolisten", "tcp"]
+    process = subprocess.Popen(command, pass_fds=[write], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        number = pipe.readline().strip()
+    assert number, "Xvfb did not start"
+    os.environ["DISPLAY"] = f":{number}"
+    try:
+        yield os.environ["DISPLAY"]
+    finally:
+        del os.environ["DISPLAY"]
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def viewer(display: str) -> Iterator[object]:
+    """A viewer in a window, without a source."""
+    from nrc.viewer.app import Viewer
+    from nrc.viewer.window import Window
+
+    viewer = Viewer(Window(800, 600, "test"), size=SIZE, device="cpu")
+    yield viewer
+    viewer.close()
+
+
+def until(viewer, condition: Callable[[], bool]) -> None:
+    """Run the window until something has happened."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        viewer.tick()
+        time.sleep(0.001)
+
+
+def opened(viewer, source: str) -> None:
+    """Open `source` and wait for its first picture."""
+    viewer.open(source)
+    until(viewer, lambda: viewer.session is not None and viewer.picture is not None and not viewer.worker.is_busy)
+    assert not [message for message, _ in viewer.messages if message.is_error]
+
+
+def drag(viewer, start: tuple[int, int], end: tuple[int, int], button: int) -> None:
+    """Press, move in steps, release, and let the window take the events; y is up, as pyglet has it."""
+    window = viewer.window.native
+    window.dispatch_event("on_mouse_press", *start, button, 0)
+    previous = start
+    for i in range(1, 5):
+        now = tuple(round(a + (b - a) * i / 4) for a, b in zip(start, end, strict=True))
+        window.dispatch_event("on_mouse_drag", *now, now[0] - previous[0], now[1] - previous[1], button, 0)
+        previous = now
+    window.dispatch_event("on_mouse_release", *end, button, 0)
+    viewer.tick()
+
+
+def press(viewer, key: int) -> None:
+    """Hit a key and let the window take the event."""
+    for event in ("on_key_press", "on_key_release"):
+        viewer.window.native.dispatch_event(event, key, 0)
+    viewer.tick()
+
+
+def test_picture_is_the_librarys_own(viewer, tmp_path: Path) -> None:
+    """After n frames the window shows what n frames of a Renderer with the same seed give."""
+    viewer.worker.limit = 8
+    viewer.open("cornell_box")
+    until(viewer, lambda: viewer.stats.get("spp") == 8)
+    png, exr = tmp_path / "a.png", tmp_path / "a.exr"
+    viewer.viewport_screenshot(png)
+    viewer.viewport_screenshot(exr)
+    viewer.settle()
+    scene = assets.load("cornell_box")
+    config = PathTracerConfig("nrc", max_depth=scene.settings.max_depth, rr_depth=scene.settings.rr_depth)
+    renderer = Renderer(scene, *SIZE, config, device="cpu")
+    for _ in range(8):
+        renderer.frame()
+    expected = renderer.image()
+    np.testing.assert_allclose(read_linear(exr), expected, rtol=1e-5, atol=1e-6)
+    shown, library = read_image(png)[..., :3], to_srgb8(expected)
+    assert psnr(shown / 255.0, library / 255.0) > SAME
+
+
+def test_window_shows_the_picture(viewer, tmp_path: Path) -> None:
+    """A picture of the viewport's size is in the window pixel by pixel."""
+    viewer.show_panels = False
+    viewer.size = (800, 600)
+    opened(viewer, "cornell_box")
+    viewer.worker.limit = viewer.worker.n_pictures + 1
+    until(viewer, lambda: viewer._n_shown == viewer.worker.limit)
+    window, picture = tmp_path / "window.png", tmp_path / "picture.png"
+    viewer.viewport_screenshot(picture)
+    viewer.screenshot(window)
+    viewer.settle()
+    shot, shown = read_image(window)[..., :3], read_image(picture)[..., :3]
+    assert shot.shape == (600, 800, 3) and shown.max() == 255
+    np.testing.assert_array_equal(shot[100:500], shown[100:500])  # between figures and messages
+
+
+def test_dragging_orbits_and_starts_the_picture_over(viewer) -> None:
+    """The camera turns about its pivot at the same distance; samples are counted anew."""
+    from pyglet.window import mouse
+
+    opened(viewer, "cornell_box")
+    until(viewer, lambda: viewer.stats["spp"] > 3)
+    before = viewer.camera
+    drag(viewer, (200, 300), (260, 320), mouse.LEFT)
+    until(viewer, lambda: viewer.stats["spp"] <= 3)
+    assert not np.allclose(viewer.camera.to_world, before.to_world)
+    assert viewer.picked is None  # a drag is no click
+
+
+def test_every_button_and_the_wheel_move_the_camera(viewer) -> None:
+    """Right drags pan, the wheel dollies, W flies, R goes back."""
+    from pyglet.window import key, mouse
+
+    opened(viewer, "cornell_box")
+    first = viewer.camera.to_world.copy()
+
+    def eye() -> np.ndarray:
+        return viewer.camera.to_world[:3, 3].copy()
+
+    moves = {
+        "pan": lambda: drag(viewer, (200, 300), (240, 300), mouse.RIGHT),
+        "dolly": lambda: viewer.window.native.dispatch_event("on_mouse_scroll", 200, 300, 0, 2),
+        "fly": lambda: viewer.window.native.dispatch_event("on_key_press", key.W, 0),
+    }
+    for name, move in moves.items():
+        before = eye()
+        move()
+        until(viewer, lambda before=before: not np.allclose(eye(), before))
+        assert name
+    viewer.window.native.dispatch_event("on_key_release", key.W, 0)
+    press(viewer, key.R)
+    np.testing.assert_allclose(viewer.camera.to_world, first, atol=1e-12)
+
+
+def test_click_picks_what_is_there(viewer) -> None:
+    """A click gives the object and point that the first-hit layers have there; F turns to it."""
+    from pyglet.window import key, mouse
+
+    opened(viewer, "cornell_box")
+    left, top, right, bottom = viewer.picture_box
+    x, y = round(left + 0.5 * (right - left)), round(top + 0.75 * (bottom - top))
+    drag(viewer, (x, 600 - y), (x, 600 - y), mouse.LEFT)
+    until(viewer, lambda: viewer.picked is not None)
+    renderer = Renderer(assets.load("cornell_box"), *SIZE, PathTracerConfig("path"), device="cpu")
+    u, v = viewer._fractions(x, y)
+    position = renderer.aovs()["position"][int(v * SIZE[1]), int(u * SIZE[0])]
+    assert np.linalg.norm(viewer.picked["position"] - position) < 0.05
+    press(viewer, key.F)
+    at = viewer.project(np.asarray(viewer.picked["position"], float))
+    np.testing.assert_allclose(at, (left + (right - left) / 2, top + (bottom - top) / 2), atol=0.5)
+
+
+def test_keys_change_integrator_and_split(viewer) -> None:
+    """1 traces paths alone, 2 asks the cache again, which kept what it learned; X splits the view."""
+    from pyglet.window import key
+
+    opened(viewer, "cornell_box")
+    until(viewer, lambda: viewer.stats.get("rounds", 0) >= 3)
+    press(viewer, key._1)
+    until(viewer, lambda: "rounds" not in viewer.stats)
+    press(viewer, key._2)
+    until(viewer, lambda: viewer.stats.get("rounds", 0) > 3)
+    press(viewer, key.X)
+    assert viewer.settings.split == 0.5
+    until(viewer, lambda: viewer.stats["spp"] <= 3)
+
+
+def test_resized_window_asks_for_its_own_size(viewer) -> None:
+    """Pictures that adapt have the viewport's shape, before and after a resize."""
+    viewer.size = None
+    opened(viewer, "cornell_box")
+    for width, height in ((800, 600), (600, 500)):
+        viewer.window.resize(width, height)
+        until(viewer, lambda size=(width, height): viewer.window.size == size)
+        _, _, w, h = viewer.viewport
+        until(viewer, lambda ratio=w / h: abs(viewer.picture.width / viewer.picture.height / ratio - 1.0) < 0.03)
+
+
+def test_bad_file_leaves_a_message_and_the_picture(viewer, tmp_path: Path) -> None:
+    """The message names the file; what was on display goes on."""
+    opened(viewer, "cornell_box")
+    broken = tmp_path / "broken.glb"
+    broken.write_bytes(b"not a model")
+    viewer.window.native.dispatch_event("on_file_drop", 10, 10, [str(broken)])
+    until(viewer, lambda: any(message.is_error for message, _ in viewer.messages))
+    assert "broken.glb" in next(message.text for message, _ in viewer.messages if message.is_error)
+    shown = viewer._n_shown
+    until(viewer, lambda: viewer._n_shown > shown)
+    assert viewer.session.name == "cornell_box"
+
+
+def test_cache_survives_saving_and_loading(viewer, tmp_path: Path) -> None:
+    """A saved cache dropped on its scene goes on where it was."""
+    opened(viewer, "cornell_box")
+    until(viewer, lambda: viewer.stats.get("rounds", 0) >= 5)
+    file = tmp_path / "cache.safetensors"
+    viewer.save(file)
+    viewer.settle()
+    viewer.worker.call(lambda session: session.reset_cache())
+    until(viewer, lambda: viewer.stats["rounds"] < 5)
+    viewer.open(str(file))
+    until(viewer, lambda: viewer.stats["rounds"] > 5)
+
+
+def test_lights_and_materials_change_live(viewer) -> None:
+    """Twice the light is twice the radiance without the cache; a picked object takes another colour."""
+    from dataclasses import replace
+
+    viewer.show_panels = False
+    opened(viewer, "cornell_box")
+    viewer.change(integrator="path")
+    until(viewer, lambda: viewer.stats["spp"] == 4)
+    images = []
+    for gain in (1.0, 2.0):
+        viewer.change(light_gains=(gain,) * len(viewer.session.light_names))
+        viewer.worker.limit = None
+        until(viewer, lambda gain=gain: viewer.worker._request.settings.light_gains[0] == gain)
+        viewer.worker.call(_restart)
+        viewer.worker.call(lambda session, n=4: [session.frame(viewer._asked) for _ in range(n)])
+        viewer.worker.call(lambda session: images.append(session.image()))
+        viewer.settle()
+    assert abs(images[1].mean() / images[0].mean() - 2.0) < 0.1
+    material = viewer.session._base.materials[0]
+    viewer.change(materials=((0, replace(material, kind="diffuse", base_color=(0.0, 0.0, 1.0))),))
+    before = viewer._n_shown
+    until(viewer, lambda: viewer._n_shown > before + 2)
+    assert viewer.session._renderer.scene.scene.meshes[0].material == len(viewer.session._base.materials)
+
+
+def _restart(session) -> None:
+    session._renderer.restart()
+
+
+def test_input_is_handled_while_frames_compute(viewer) -> None:
+    """The window takes an event and draws long before a slow frame is done."""
+    viewer.size = (1024, 768)
+    viewer.open("cornell_box")
+    until(viewer, lambda: viewer.session is not None and viewer.worker.session is not None)
+    ticks, pictures = 0, viewer.worker.n_pictures
+    until(viewer, lambda: viewer.worker.n_pictures > pictures)
+    pictures = viewer.worker.n_pictures
+    while viewer.worker.n_pictures == pictures:
+        viewer.tick()
+        ticks += 1
+    assert ticks > 3
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`nrc view` as a command."""
+    command = [sys.executable, "-m", "nrc.cli", "view", "--device", "cpu", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=2 * PATIENCE, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_command_in_a_window(display: str, tmp_path: Path) -> None:
+    """--frames ends it, both screenshots are written, the figures are printed."""
+    import json
+
+    window, picture = tmp_path / "window.png", tmp_path / "picture.png"
+    done = run(
+        "cornell_box", "--frames", "5", "--size", "160x120", "--screenshot", str(window),
+        "--viewport-screenshot", str(picture), "--window", "640x480", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["spp"] == 5 and figures["first_picture_seconds"] > 0.0
+    assert read_image(window).shape[:2] == (480, 640) and read_image(picture).shape[:2] == (120, 160)
+
+
+def test_command_without_a_display(tmp_path: Path) -> None:
+    """--headless writes the picture through EGL or without any window, and says so."""
+    picture = tmp_path / "picture.png"
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    command = [
+        sys.executable, "-m", "nrc.cli", "view", "--device", "cpu", "cornell_box", "--headless", "--frames", "3",
+        "--size", "80x60", "--viewport-screenshot", str(picture),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_image(picture).shape[:2] == (60, 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["missing.glb", "--headless", "--frames", "1"], "missing.glb"),
+        (["cornell_box", "--headless"], "--frames"),
+        (["cornell_box", "--screenshot", "x.png"], "--frames"),
+        (["cornell_box", "--headless", "--frames", "1", "--viewport-screenshot", "nowhere/x.png"], "nowhere"),
+    ],
+)
+def test_command_refuses_in_one_line(arguments: list[str], expected: str) -> None:
+    """Mistakes are one line naming what is wrong, and exit code 2."""
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_pixels_stay_on_the_gpu(tmp_path: Path) -> None:
+    """A CUDA picture goes through a registered buffer into the window, pixel by pixel."""
+    from nrc.viewer.app import Viewer
+    from nrc.viewer.window import Window
+
+    viewer = Viewer(Window(800, 600, "test", headless=True), size=(800, 600), device="cuda:0", panels=False)
+    try:
+        opened(viewer, "cornell_box")
+        viewer.worker.limit = viewer.worker.n_pictures + 1
+        until(viewer, lambda: viewer._n_shown == viewer.worker.limit)
+        assert viewer.picture.pixels.device.is_cuda
+        window, picture = tmp_path / "window.png", tmp_path / "picture.png"
+        viewer.viewport_screenshot(picture)
+        viewer.screenshot(window)
+        viewer.settle()
+        shot, shown = read_image(window)[..., :3], read_image(picture)[..., :3]
+        assert shown.max() == 255
+        np.testing.assert_array_equal(shot[100:500], shown[100:500])
+    finally:
+        viewer.close()

@@ -1,0 +1,133 @@
+"""Panels of a scene: the cache, and lights, materials and display."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import warp as wp
+from imgui_bundle import imgui
+
+from nrc.cache import CacheConfig
+from nrc.display import Operator
+from nrc.pathtracer import Integrator
+from nrc.scene import MATERIAL_KINDS, Material
+from nrc.viewer.scene_session import VIEWS, Compare, SceneSession
+from nrc.viewer.widgets import checkbox, choice, color, section, slider, slider_int, text_input
+
+if TYPE_CHECKING:
+    from nrc.viewer.app import Viewer
+
+ROUGH = ("conductor", "dielectric", "plastic", "metallic_roughness", "principled")
+METALLIC = ("metallic_roughness", "principled")
+REFRACTIVE = ("dielectric", "thin_dielectric", "plastic", "metallic_roughness", "principled")
+CACHE_FIGURES = ("records", "rounds", "dropped_records", "invalid_queries", "skipped_steps", "radiance_scale")
+
+
+def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
+    """What the picture shows and how the cache learns."""
+    if not section("radiance cache"):
+        return
+    settings = viewer.settings
+    changes: dict[str, Any] = {
+        "integrator": choice("integrator", settings.integrator, get_args(Integrator)),
+        "view": choice("view", settings.view, VIEWS if settings.integrator != "path" else VIEWS[:4]),
+    }
+    if settings.integrator != "path":
+        if checkbox("split: path | cache", settings.split is not None) != (settings.split is not None):
+            changes["split"] = 0.5 if settings.split is None else None
+        changes["train"] = checkbox("train", settings.train)
+        imgui.same_line()
+        if imgui.button("empty the cache"):
+            viewer.worker.call(lambda session: session.reset_cache())
+        changes["threshold"] = slider("spread threshold", settings.threshold, 0.0, 1.0, "%.4f", logarithmic=True)
+        changes["cache"] = _cache_config(viewer.settings.cache, session.device)
+    changes["max_depth"] = slider_int("longest path", settings.max_depth, 1, 65)
+    changes["compare"] = choice("compare with", settings.compare, get_args(Compare))
+    if settings.compare == "file":
+        file = text_input("reference", "reference.exr")
+        imgui.same_line()
+        if imgui.button("load##reference") and file:
+            viewer.load_reference(Path(file))
+    if changes["integrator"] == "path":
+        changes |= {"split": None, "view": changes["view"] if changes["view"] in VIEWS[:4] else "radiance"}
+    viewer.change(**changes)
+    figures = [(name, viewer.stats[name]) for name in CACHE_FIGURES if name in viewer.stats]
+    for name, value in figures:
+        imgui.text_disabled(f"{name.replace('_', ' ')}: {value:.4g}")
+
+
+def _cache_config(config: CacheConfig, device: wp.Device) -> CacheConfig:
+    """The cache's configuration as the panel has it. Another encoding or table starts it empty."""
+    batch_size = config.batch_size_on(device)
+    encoding = choice("encoding", config.encoding, ("hash", "frequency"))
+    rate = slider("learning rate", config.learning_rate, 1e-5, 1e-1, "%.5f", logarithmic=True)
+    n_batches = slider_int("steps per frame", config.n_batches, 1, 16)
+    exponent = slider_int("log2 of records", int(math.log2(batch_size)), 8, 16)
+    records = config.batch_size if exponent == int(math.log2(batch_size)) else 1 << exponent
+    return replace(config, encoding=encoding, learning_rate=rate, n_batches=n_batches, batch_size=records)
+
+
+def draw_scene_panel(viewer: Viewer, session: SceneSession) -> None:
+    """Display, lights, and the material of the picked object."""
+    settings = viewer.settings
+    changes: dict[str, Any] = {}
+    if section("display"):
+        operator = choice("tone mapping", settings.tone.operator, get_args(Operator))
+        exposure = slider("exposure", settings.tone.exposure, -8.0, 8.0, "%+.2f stops")
+        changes["tone"] = replace(settings.tone, operator=operator, exposure=exposure)
+    if section("lights", opened=False):
+        if session.has_environment:
+            turn = slider("environment turn", settings.environment_turn, -180.0, 180.0, "%.0f deg")
+            gain = slider("environment", settings.environment_gain, 0.0, 100.0, logarithmic=True)
+            changes |= {"environment_turn": turn, "environment_gain": gain}
+        changes["light_gains"] = tuple(
+            slider(f"{name}##{i}", gain, 0.0, 100.0, logarithmic=True)
+            for i, (name, gain) in enumerate(zip(session.light_names, settings.light_gains, strict=True))
+        )
+    if section("picked object", opened=False):
+        changes |= _draw_material(viewer)
+    viewer.change(**changes)
+
+
+def _draw_material(viewer: Viewer) -> dict[str, Any]:
+    picked = viewer.picked
+    if picked is None:
+        imgui.text_disabled("click on an object")
+        return {}
+    mesh, overrides = picked["mesh"], dict(viewer.settings.materials)
+    material: Material = overrides.get(mesh, picked["material"])  # the file's own, where nothing overrides it
+    imgui.text(f"{picked['name']}: {material.name or material.kind}")
+    edited = edit_material(material)
+    if edited is not material:
+        overrides[mesh] = edited
+    if mesh in overrides and imgui.button("as in the file"):
+        del overrides[mesh]
+    materials = tuple(sorted(overrides.items(), key=lambda item: item[0]))
+    return {"materials": materials} if materials != viewer.settings.materials else {}
+
+
+def edit_material(material: Material) -> Material:
+    """Widgets for a material; the same object where nothing was changed."""
+    kind = choice("kind", material.kind, MATERIAL_KINDS)
+    fields: dict[str, Any] = {"kind": kind}
+    base = "specular" if kind in ("conductor", "dielectric", "thin_dielectric") else "base_color"
+    fields[base] = color(base.replace("_", " "), getattr(material, base))
+    if kind in ROUGH:
+        roughness = slider("roughness", material.roughness[0], 0.0, 1.0)
+        fields["roughness"] = material.roughness if roughness == material.roughness[0] else (roughness, roughness)
+    if kind in METALLIC:
+        fields["metallic"] = slider("metallic", material.metallic, 0.0, 1.0)
+        fields["transmission"] = slider("transmission", material.transmission, 0.0, 1.0)
+    if kind in REFRACTIVE:
+        fields["ior"] = slider("index of refraction", material.ior, 1.0, 2.5)
+    strength = max(material.emission)
+    hue = tuple(c / strength for c in material.emission) if strength > 0.0 else (1.0, 1.0, 1.0)
+    new_hue, new_strength = color("emission colour", hue), slider("emission", strength, 0.0, 100.0, logarithmic=True)
+    if (new_hue, new_strength) != (hue, strength):
+        fields["emission"] = tuple(new_strength * c for c in new_hue)
+    return (
+        material if all(getattr(material, k) == value for k, value in fields.items()) else replace(material, **fields)
+    )
