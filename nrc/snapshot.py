@@ -94,6 +94,15 @@ def load_tensors(
     return tensors, config
 
 
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """What a snapshot says it holds, its `kind`; None where it cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return None
+
+
 def take_tensor(
     path: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 
+@cache
 def sobol_points(n_bits: int) -> np.ndarray:
     """The first 2^n_bits points of the two-dimensional Sobol' sequence, a (0, 2)-sequence in base 2 (Sobol' 1967).
 
@@ -27,6 +30,7 @@ def sobol_points(n_bits: int) -> np.ndarray:
     return points
 
 
+@cache
 def bit_reversed(n_bits: int) -> np.ndarray:
     """(2^n_bits,) indices whose n_bits bits are those of 0, 1, 2, ... in reverse order."""
     index = np.zeros(1, np.int64)

@@ -25,6 +25,7 @@ pytest.importorskip("imgui_bundle", reason="the viewer's packages are not instal
 PATIENCE = 120.0  # seconds that anything may take on a busy machine, first compilation included
 SAME = 45.0  # dB: the window's picture and the library's, which differ by one rounding to eight bits
 SIZE = (160, 120)  # of pictures
+MANY = 30  # samples that take so long that no start over is missed between two looks
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +140,10 @@ def test_dragging_orbits_and_starts_the_picture_over(viewer) -> None:
     from pyglet.window import mouse
 
     opened(viewer, "cornell_box")
-    until(viewer, lambda: viewer.stats["spp"] > 3)
+    until(viewer, lambda: viewer.stats["spp"] > MANY)
     before = viewer.camera
     drag(viewer, (200, 300), (260, 320), mouse.LEFT)
-    until(viewer, lambda: viewer.stats["spp"] <= 3)
+    until(viewer, lambda: viewer.stats["spp"] < MANY)
     assert not np.allclose(viewer.camera.to_world, before.to_world)
     assert viewer.picked is None  # a drag is no click
 
@@ -200,9 +201,143 @@ def test_keys_change_integrator_and_split(viewer) -> None:
     until(viewer, lambda: "rounds" not in viewer.stats)
     press(viewer, key._2)
     until(viewer, lambda: viewer.stats.get("rounds", 0) > 3)
+    until(viewer, lambda: viewer.stats["spp"] > MANY)
     press(viewer, key.X)
     assert viewer.settings.split == 0.5
-    until(viewer, lambda: viewer.stats["spp"] <= 3)
+    until(viewer, lambda: viewer.stats["spp"] < MANY)
+
+
+def test_view_of_the_cache_waits_for_a_cache(viewer) -> None:
+    """Path tracing shows radiance in its place; with the cache back it returns."""
+    from pyglet.window import key
+
+    opened(viewer, "cornell_box")
+    viewer.change(view="query_vertex")
+    press(viewer, key._1)
+    until(viewer, lambda: "rounds" not in viewer.stats)
+    assert viewer.settings.shown_view == "radiance"
+    press(viewer, key._2)
+    until(viewer, lambda: "rounds" in viewer.stats)
+    assert viewer.settings.shown_view == "query_vertex"
+    assert not [message.text for message, _ in viewer.messages if message.is_error]
+
+
+def test_fixed_size_has_a_viewport_of_its_shape(display: str) -> None:
+    """What pictures are scaled to, and what drags and clicks are measured by, has their shape, in the middle."""
+    from nrc.viewer.app import Viewer
+    from nrc.viewer.window import NullWindow
+
+    viewer = Viewer(NullWindow(940, 600), size=(200, 50), panels=False, device="cpu")
+    try:
+        opened(viewer, "cornell_box")
+        assert (viewer._asked.width, viewer._asked.height) == (940, 235)
+        assert viewer.picture_box == viewer.frame_box == (0.0, 182.5, 940.0, 417.5)
+        assert viewer._fractions(470.0, 300.0) == (0.5, 0.5) and viewer._fractions(470.0, 100.0) is None
+    finally:
+        viewer.close()
+
+
+def test_path_may_be_cleared_while_it_is_scrubbed(viewer) -> None:
+    """The camera is free again, also where the path was being recorded."""
+    from nrc.viewer.camera_path import CameraPath
+
+    opened(viewer, "cornell_box")
+    viewer.playback.path.add(viewer.camera)
+    viewer.playback.path.add(viewer.camera)
+    viewer.playback.seek(0.5)
+    viewer.playback.set_path(CameraPath())
+    viewer.tick()
+    assert viewer.camera is viewer.navigation.camera
+    viewer.playback.record(viewer.camera)
+    viewer.playback.set_path(CameraPath())
+    assert not viewer.playback.is_recording
+
+
+def test_escape_dismisses_a_message_before_anything_is_open(viewer) -> None:
+    """An error about the first source goes away as others do."""
+    from pyglet.window import key
+
+    viewer.open("missing.glb")
+    until(viewer, lambda: bool(viewer.messages))
+    press(viewer, key.ESCAPE)
+    assert not viewer.messages
+
+
+def test_failing_panel_leaves_a_message_and_the_window(viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, however often the panel is drawn, and the next panel is drawn again."""
+    from nrc.viewer import panels
+
+    def fail(_viewer) -> None:
+        raise KeyError("what is not there")
+
+    opened(viewer, "cornell_box")
+    with monkeypatch.context() as patch:
+        patch.setattr(panels, "_draw_output", fail)
+        rounds = viewer._rounds
+        until(viewer, lambda: viewer._rounds > rounds + 5)
+        assert ["not there" in message.text for message, _ in viewer.messages if message.is_error] == [True]
+    shown = viewer._n_shown
+    until(viewer, lambda: viewer._n_shown > shown)
+
+
+class Recorder:
+    """A session that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def frame(self, request):
+        from nrc.viewer.session import Picture
+
+        self.asked.append(request)
+        return Picture(np.zeros((1, 1, 4), np.uint8), 1, 1, {"idle": True})
+
+
+def test_worker_answers_nothing_that_was_asked_before_it_settled() -> None:
+    """A request made between a call that changes settings and its `then` is dropped; a limit may be raised later."""
+    from nrc.viewer.session import Request
+    from nrc.viewer.worker import Worker
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.001)
+
+    worker, session, taken = Worker(), Recorder(), []
+    old, new = (Request(None, None, 1, 1, seconds=seconds, size=None, settings=None) for seconds in (1.0, 2.0))
+    try:
+        worker.session = session
+        worker.call(lambda _: None, taken.append, settled=True)
+        wait(lambda: bool(worker._results))
+        worker.ask(old)
+        time.sleep(0.05)
+        assert not session.asked and not taken
+        worker.limit = 1
+        worker.take_results()
+        worker.ask(new)
+        wait(lambda: bool(session.asked))
+        time.sleep(0.05)
+        assert taken == [None] and session.asked == [new]
+        worker.limit = None
+        wait(lambda: len(session.asked) > 1)
+        assert old not in session.asked
+    finally:
+        worker.stop()
+
+
+def test_worker_says_what_fails_in_the_window() -> None:
+    """An exception in a `then` becomes a message."""
+    from nrc.viewer.worker import Worker
+
+    worker = Worker()
+    try:
+        worker.call(lambda _: 0, lambda x: 1 // x)
+        while not worker._results:
+            time.sleep(0.001)
+        assert [message.is_error for message in worker.take_results()] == [True]
+    finally:
+        worker.stop()
 
 
 def test_resized_window_asks_for_its_own_size(viewer) -> None:
@@ -231,12 +366,15 @@ def test_bad_file_leaves_a_message_and_the_picture(viewer, tmp_path: Path) -> No
 
 def test_cache_survives_saving_and_loading(viewer, tmp_path: Path) -> None:
     """A saved cache dropped on its scene goes on where it was."""
+    from nrc.viewer.opening import holds_cache
+
     opened(viewer, "cornell_box")
     until(viewer, lambda: viewer.stats.get("rounds", 0) >= 5)
     file = tmp_path / "cache.safetensors"
     viewer.save(file)
     viewer.settle()
-    viewer.worker.call(lambda session: session.reset_cache())
+    assert holds_cache(file) and not holds_cache(tmp_path / "missing.safetensors")
+    viewer.reset_cache()
     until(viewer, lambda: viewer.stats["rounds"] < 5)
     viewer.open(str(file))
     until(viewer, lambda: viewer.stats["rounds"] > 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from nrc.scene import Camera
 from nrc.viewer.camera_path import CameraPath
 from nrc.viewer.image_navigation import ImageNavigation
 from nrc.viewer.navigation import Navigation
-from nrc.viewer.opening import open_source
+from nrc.viewer.opening import holds_cache, open_source
 from nrc.viewer.playback import Export, Playback, to_rgb8
+from nrc.viewer.scene_session import SceneSession
 from nrc.viewer.session import Picture, Request, Session
 from nrc.viewer.window import NullWindow, Window
 from nrc.viewer.worker import Message, Worker
@@ -31,6 +33,8 @@ REST_FPS = 4.0
 SLEEP_SECONDS = 0.003  # between two looks at the events
 FIRST_ROUNDS = 3  # ImGui settles the size of its windows in the first frames
 HISTORY = 400  # frames that plots show
+
+log = logging.getLogger("nrc.viewer")
 
 
 @dataclass
@@ -112,20 +116,22 @@ class Viewer:
         self._ticked = time.perf_counter()
         self._changed = self._ticked  # when the request did, apart from its aim
         self._rounds = 0
-        self._keys: set[str] = set()
-        self._press: tuple[float, float] | None = None
         self._pending: Path | None = None  # screenshot of the window
-        window.handler = self
+        self._controls: Controls | None = None
+        if isinstance(window, Window):
+            from nrc.viewer.controls import Controls
+
+            self._controls = window.handler = Controls(self)
 
     # --- what can be done --------------------------------------------------------------------------------------------
 
     def open(self, source: str) -> None:
         """Look at another scene, image, mesh, folder or snapshot; a cache's snapshot goes into the scene on display."""
-        self.opened_at, self.first_picture_seconds = time.perf_counter(), None
         path = Path(source)
-        if self.session is not None and self.session.kind == "scene" and path.suffix == ".safetensors":
+        if self.session is not None and self.session.kind == "scene" and holds_cache(path):
             self.load_cache(path)
             return
+        self.opened_at = time.perf_counter()
         options, self._open_options = self._open_options, _for_any(self._open_options)
         self.worker.open(lambda: open_source(source, **options), self._start, what=path.name or source)
 
@@ -147,6 +153,11 @@ class Viewer:
         """Show a message in the window."""
         self.messages.append((Message(text, is_error), time.perf_counter()))
 
+    def reset_cache(self) -> None:
+        """Empty the cache of a scene."""
+        if self.session is not None and self.session.kind == "scene":
+            self.worker.call(lambda session: session.reset_cache())
+
     def save(self, path: Path) -> None:
         """Write the session's snapshot."""
         self.worker.call(lambda session: session.save(path), lambda _: self.say(f"wrote {path}"), what="saving")
@@ -162,12 +173,12 @@ class Viewer:
             picture = self.worker.picture
             if picture is None:
                 raise ValueError(f"{path}: there is no picture yet")
-            linear = path.suffix.lower() in (".exr", ".hdr", ".pfm")
+            linear = path.suffix.lower() in (".exr", ".hdr")
             write_image(path, session.image() if linear else to_rgb8(picture))
 
         self.worker.call(write, lambda _: self.say(f"wrote {path}"), what="writing")
 
-    def pick(self, x: float, y: float, then: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def pick(self, x: float, y: float) -> None:
         """Find what lies at a position in the window."""
         place = self._fractions(x, y)
         if place is None or self.session is None or self.session.kind == "image":
@@ -175,8 +186,6 @@ class Viewer:
 
         def picked(result: dict[str, Any] | None) -> None:
             self.picked = result
-            if result is not None and then is not None:
-                then(result)
 
         self.worker.call(lambda session: session.pick(*place), picked)
 
@@ -205,7 +214,12 @@ class Viewer:
             self.change(compare="file")
             self.size = size
 
-        self.worker.call(lambda session: session.load_reference(path), loaded, what=f"loading {path.name}")
+        def load(session: Session | None) -> tuple[int, int]:
+            if not isinstance(session, SceneSession):
+                raise ValueError(f"{path}: there is no scene to compare with it")
+            return session.load_reference(path)
+
+        self.worker.call(load, loaded, what=f"loading {path.name}")
 
     def save_path(self, path: Path) -> None:
         """Write the camera path and the kept views."""
@@ -216,7 +230,8 @@ class Viewer:
         """Read a camera path and views."""
 
         def read() -> None:
-            self.playback.path, views = CameraPath.read(path)
+            keyframes, views = CameraPath.read(path)
+            self.playback.set_path(keyframes)
             if self.navigation is not None:
                 self.navigation.views.update(views)
 
@@ -228,14 +243,14 @@ class Viewer:
         if request is None or len(playback.path.keyframes) < 2:
             self.say("a camera path needs two keyframes", is_error=True)
             return
-        export = Export(round(playback.path.duration * playback.fps) + 1)
-        playback.export = export
+        cameras = playback.path.cameras(round(playback.path.duration * playback.fps) + 1)
+        export = playback.export = Export(len(cameras))
         picture = self.picture
         if request.size is None and picture is not None:
             request = replace(request, size=(picture.width, picture.height))
 
         self.worker.call(
-            lambda session: playback.write_frames(session, request, folder, export, self.worker.publish),
+            lambda session: playback.write_frames(session, request, cameras, folder, export, self.worker.publish),
             lambda n: self.say(f"wrote {n} frames into {folder}"),
             what=f"writing frames into {folder}",
         )
@@ -280,7 +295,10 @@ class Viewer:
         self.window.poll()
         for message in self.worker.take_results():
             self.say(message.text, is_error=message.is_error)
-        self._move(seconds)
+        if self.navigation is not None:
+            self.playback.advance(seconds, self.navigation.camera)
+        if self._controls is not None and self._controls.fly(seconds):
+            self.window.has_input = True
         self._ask()
         is_new = self.worker.n_pictures != self._n_shown
         due = now - self._drawn > REDRAW_SECONDS or self._rounds < FIRST_ROUNDS
@@ -294,7 +312,9 @@ class Viewer:
         return True
 
     def close(self) -> None:
-        """Stop the worker and give the window back."""
+        """Stop the worker, and frames being written; give the window back."""
+        if self.playback.export is not None:
+            self.playback.export.cancelled = True
         self.worker.stop()
         self.window.close()
 
@@ -309,6 +329,7 @@ class Viewer:
             self.image_navigation = ImageNavigation(float(width), float(height))
         self.fps = self._fps_asked or (FPS_CPU if session.device.is_cpu else FPS_CUDA)
         self.picked, self.playback, self.history = None, Playback(), History()
+        self.first_picture_seconds = None
         self._asked, self._changed = None, self._ticked
         for warning in session.warnings:
             self.say(warning)
@@ -318,17 +339,18 @@ class Viewer:
         session = self.session
         if session is None:
             return
-        _, _, width, height = self.viewport
+        left, top, right, bottom = self.frame_box
         ratio = self.window.pixel_ratio
+        width, height = max(round((right - left) * ratio), 1), max(round((bottom - top) * ratio), 1)
         window = None
         if self.image_navigation is not None:
-            self.image_navigation.resize(round(width * ratio), round(height * ratio))
+            self.image_navigation.resize(width, height)
             window = self.image_navigation.window
         request = Request(
             camera=self.camera,
             window=window,
-            width=round(width * ratio),
-            height=round(height * ratio),
+            width=width,
+            height=height,
             seconds=1.0 / self.aim,
             size=self.size,
             settings=self.settings,
@@ -359,15 +381,23 @@ class Viewer:
         return 0, 0, max(width - panel, LEAST_VIEWPORT), max(height, LEAST_VIEWPORT)
 
     @property
+    def frame_box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of where pictures will be: the viewport, or what a fixed size takes of it."""
+        return self._box(self.size)
+
+    @property
     def picture_box(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of the picture in the viewport: as large as its shape allows."""
+        return self.frame_box if self.picture is None else self._box((self.picture.width, self.picture.height))
+
+    def _box(self, shape: tuple[int, int] | None) -> tuple[float, float, float, float]:
+        """The largest box of a shape in the middle of the viewport; the viewport for None."""
         left, top, width, height = self.viewport
-        if self.picture is None:
+        if shape is None:
             return left, top, left + width, top + height
-        scale = min(width / self.picture.width, height / self.picture.height)
-        shown = scale * self.picture.width, scale * self.picture.height
-        x, y = left + (width - shown[0]) / 2.0, top + (height - shown[1]) / 2.0
-        return x, y, x + shown[0], y + shown[1]
+        scale = min(width / shape[0], height / shape[1])
+        x, y = left + (width - scale * shape[0]) / 2.0, top + (height - scale * shape[1]) / 2.0
+        return x, y, x + scale * shape[0], y + scale * shape[1]
 
     def _take_picture(self) -> None:
         """Bring the worker's newest picture to the window."""
@@ -385,87 +415,28 @@ class Viewer:
         self.history.seconds.append(now)
 
     def _draw(self) -> None:
-        from nrc.viewer.panels import draw_window
-
         pending, self._pending = self._pending, None
         try:
-            self.window.draw(lambda: draw_window(self, self._texture), screenshot=pending)
+            self.window.draw(self._build, screenshot=pending)
         except ValueError as error:  # the screenshot could not be written
             self.say(str(error), is_error=True)
         else:
             if pending is not None:
                 self.say(f"wrote {pending}")
 
-    def _move(self, seconds: float) -> None:
-        """Fly while keys are held; let the camera path go on."""
-        if self.navigation is None:
-            return
-        self.playback.advance(seconds, self.navigation.camera)
-        if self._keys:
-            axes = [sum(sign for key, sign in pair if key in self._keys) for pair in FLY_KEYS]
-            if any(axes):
-                self.navigation.fly(*axes, min(seconds, 0.1), fast="LSHIFT" in self._keys)
-                self.window.has_input = True
+    def _build(self) -> None:
+        """Say to ImGui what is in the window; what a panel raises becomes a message, once."""
+        from nrc.viewer.panels import draw_window
 
-    # --- events, by pyglet's names; y is up there --------------------------------------------------------------------
+        try:
+            draw_window(self, self._texture)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if all(message.text != text for message, _ in self.messages):
+                log.error("in the panels", exc_info=error)
+                self.say(text, is_error=True)
 
-    def on_mouse_press(self, x: int, y: int, button: int, modifiers: int) -> None:
-        self._press = (x, y)
-
-    def on_mouse_drag(self, x: int, y: int, dx: int, dy: int, buttons: int, modifiers: int) -> None:
-        from pyglet.window import key, mouse
-
-        if self._press is None:
-            return
-        self.playback.stop()
-        _, _, width, height = self.viewport
-        pans = buttons & (mouse.RIGHT | mouse.MIDDLE) or modifiers & key.MOD_SHIFT
-        if self.image_navigation is not None:
-            ratio = self.window.pixel_ratio
-            self.image_navigation.pan(dx * ratio, -dy * ratio)
-        elif self.navigation is not None and pans:
-            self.navigation.pan(dx, -dy, height, width)
-        elif self.navigation is not None and modifiers & key.MOD_ALT:
-            self.navigation.look(dx, -dy, height, width)
-        elif self.navigation is not None:
-            self.navigation.orbit(dx, -dy, height)
-
-    def on_mouse_release(self, x: int, y: int, button: int, modifiers: int) -> None:
-        from pyglet.window import mouse
-
-        press, self._press = self._press, None
-        if press is None or button != mouse.LEFT or abs(x - press[0]) + abs(y - press[1]) > 3:
-            return
-        top = self.window.size[1] - y
-        self.pick(x, top)
-
-    def on_mouse_scroll(self, x: int, y: int, scroll_x: float, scroll_y: float) -> None:
-        if self.image_navigation is not None:
-            ratio = self.window.pixel_ratio
-            self.image_navigation.zoom(scroll_y, x * ratio, (self.window.size[1] - y) * ratio)
-        elif self.navigation is not None:
-            self.navigation.dolly(scroll_y)
-
-    def on_key_press(self, symbol: int, modifiers: int) -> None:
-        from pyglet.window import key
-
-        name = key.symbol_string(symbol)
-        self._keys.add(name)
-        if modifiers & (key.MOD_CTRL | key.MOD_COMMAND):
-            self._keys.discard(name)
-            name = f"CTRL+{name}"
-        action = ACTIONS.get(name)
-        if action is not None and (self.session is not None or name in ("TAB", "F1", "H")):
-            action(self)
-
-    def on_key_release(self, symbol: int, modifiers: int) -> None:
-        from pyglet.window import key
-
-        self._keys.discard(key.symbol_string(symbol))
-
-    def on_file_drop(self, x: int, y: int, paths: list[str]) -> None:
-        if paths:
-            self.open(paths[0])
+    # --- places ------------------------------------------------------------------------------------------------------
 
     def project(self, point: np.ndarray) -> tuple[float, float] | None:
         """Where a point of the session's world is in the window; None behind the camera or outside the picture."""
@@ -489,90 +460,6 @@ class Viewer:
         left, top, right, bottom = self.picture_box
         u, v = (x - left) / max(right - left, 1.0), (y - top) / max(bottom - top, 1.0)
         return (u, v) if 0.0 <= u < 1.0 and 0.0 <= v < 1.0 else None
-
-    def _set_integrator(self, name: str) -> None:
-        if self.session is not None and self.session.kind == "scene":
-            self.change(integrator=name)
-
-    def _toggle_training(self) -> None:
-        self.change(train=not self.settings.train)
-
-    def _toggle_split(self) -> None:
-        if hasattr(self.settings, "split"):
-            self.change(split=None if self.settings.split is not None else 0.5)
-
-    def _toggle_panels(self) -> None:
-        self.show_panels = not self.show_panels
-
-    def _toggle_help(self) -> None:
-        self.show_help = not self.show_help
-
-    def _dismiss(self) -> None:
-        self.show_help, self.messages = False, []
-        self.playback.stop()
-
-    def _reset_cache(self) -> None:
-        if self.session is not None and self.session.kind == "scene":
-            self.worker.call(lambda session: session.reset_cache())
-
-    def _save_screenshot(self) -> None:
-        self.viewport_screenshot(next_free(Path.cwd(), self._stem, ".png"))
-
-    def _save_snapshot(self) -> None:
-        self.save(next_free(Path.cwd(), self._stem, ".safetensors"))
-
-    @property
-    def _stem(self) -> str:
-        return Path(self.session.name).stem if self.session is not None else "view"
-
-
-# Axes of flying: right, up, forward; keys with their signs
-FLY_KEYS = ((("D", 1), ("A", -1)), (("E", 1), ("Q", -1)), (("W", 1), ("S", -1)))
-ACTIONS: dict[str, Callable[[Viewer], None]] = {
-    "_1": lambda viewer: viewer._set_integrator("path"),
-    "_2": lambda viewer: viewer._set_integrator("nrc"),
-    "_3": lambda viewer: viewer._set_integrator("cache"),
-    "SPACE": Viewer._toggle_training,
-    "X": Viewer._toggle_split,
-    "F": Viewer.focus,
-    "R": Viewer.reset_camera,
-    "HOME": Viewer.reset_camera,
-    "C": Viewer._reset_cache,
-    "TAB": Viewer._toggle_panels,
-    "H": Viewer._toggle_help,
-    "F1": Viewer._toggle_help,
-    "ESCAPE": Viewer._dismiss,
-    "P": Viewer._save_screenshot,
-    "CTRL+S": Viewer._save_snapshot,
-}
-HELP = (
-    ("left drag", "orbit (image: move)"),
-    ("right or shift + left drag", "pan"),
-    ("alt + left drag", "look around"),
-    ("wheel", "dolly (image: zoom at the cursor)"),
-    ("W A S D, Q E", "fly; with shift faster"),
-    ("click", "pick a point and its object"),
-    ("F", "focus on the picked point"),
-    ("R, Home", "back to the first view"),
-    ("1, 2, 3", "integrator path, nrc, cache"),
-    ("X", "split view; drag its line"),
-    ("Space", "training on or off"),
-    ("C", "empty the cache"),
-    ("P", "screenshot of the picture"),
-    ("Ctrl + S", "save a snapshot"),
-    ("Tab", "panels"),
-    ("H, F1", "this help"),
-    ("Esc", "close help and messages"),
-    ("drop a file", "open it"),
-)
-
-
-def next_free(folder: Path, stem: str, suffix: str) -> Path:
-    """The first of STEM_0001SUFFIX, STEM_0002SUFFIX, ... that does not exist."""
-    i = 1
-    while (path := folder / f"{stem}_{i:04}{suffix}").exists():
-        i += 1
-    return path
 
 
 def _for_any(options: dict[str, Any]) -> dict[str, Any]:

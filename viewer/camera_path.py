@@ -162,10 +162,9 @@ class _Curve:
         self._rotation = Slerp(times, Rotation.from_matrix(np.stack([_rotation(c.to_world)[0] for c in cameras])))
 
     def camera(self, time: float, before: Camera) -> Camera:
-        last = self._last  # one look: the worker may play the path too
-        if last is None or last[0] != time:
-            self._last = last = (time, self._between(time, before))
-        return last[1]
+        if self._last is None or self._last[0] != time:
+            self._last = (time, self._between(time, before))
+        return self._last[1]
 
     def _between(self, time: float, before: Camera) -> Camera:
         values = self._values(time)

@@ -94,8 +94,9 @@ def _figures(viewer: Viewer, say: Callable[[str], None], *files: Path | None) ->
         **picture.stats,
         "stages_ms": {name: sum(values) / len(values) for name, values in viewer.history.stages.items()},
     }
+    first = viewer.first_picture_seconds
     say(
-        f"{session.name}: {picture.width}x{picture.height}, {viewer.history.fps:.1f} frames/s, "
-        f"first picture after {viewer.first_picture_seconds:.1f} s"
+        f"{session.name}: {picture.width}x{picture.height}, {viewer.history.fps:.1f} frames/s"
+        + (f", first picture after {first:.1f} s" if first is not None else "")
     )
     return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class FitSession:
     camera: Camera | None = None
     up: tuple[float, float, float] = (0.0, 1.0, 0.0)
     bounds: tuple[np.ndarray, np.ndarray]
+    report: Callable[[str], None]
 
     def __init__(self, name: str, device: wp.Device, warnings: tuple[str, ...], training: LiveTraining | None) -> None:
         self.name, self.device, self.warnings = name, device, warnings

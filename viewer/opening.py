@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nrc import assets
+from nrc.cache import SNAPSHOT_KIND as CACHE_KIND
 from nrc.fit.fitted_image import SNAPSHOT_KIND as FIELD_KIND
 from nrc.fit.radiance_field import SNAPSHOT_KIND as NERF_KIND
-from nrc.snapshot import SnapshotError, load_tensors
+from nrc.snapshot import SnapshotError, format_of, load_tensors
 from nrc.viewer.session import Session
 
 KINDS = ("scene", "image", "sdf", "nerf")
@@ -70,6 +71,11 @@ def open_source(source: str, *, kind: str | None = None, device: Any = None, **s
     return session(source, device=device) if snapshot is None else session.from_snapshot(snapshot, device=device)
 
 
+def holds_cache(path: Path) -> bool:
+    """Whether a file is a radiance cache that was saved."""
+    return path.suffix.lower() == ".safetensors" and format_of(path) == CACHE_KIND
+
+
 def _fit_session(kind: str) -> Any:
     if kind == "image":
         from nrc.viewer.image_session import ImageSession
@@ -86,7 +92,7 @@ def _fit_session(kind: str) -> Any:
 
 def _kind_of_snapshot(path: Path) -> str:
     """The kind of fit in a snapshot. Raises SnapshotError."""
-    _, config = load_tensors(path, kind=(FIELD_KIND, NERF_KIND, "nrc.cache"))
+    _, config = load_tensors(path, kind=(FIELD_KIND, NERF_KIND, CACHE_KIND))
     fit = config.get("fit")
     kind = fit.get("kind") if isinstance(fit, dict) else None
     if kind not in ("image", "sdf", "nerf"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from imgui_bundle import ImVec2, ImVec4, imgui, implot
 
+from nrc.viewer.controls import HELP
 from nrc.viewer.fit_panels import draw_image_panel, draw_nerf_overlay, draw_nerf_panel, draw_sdf_panel
 from nrc.viewer.scene_panels import draw_cache_panel, draw_scene_panel
 from nrc.viewer.scene_session import SceneSession
@@ -176,7 +177,7 @@ def _draw_path(viewer: Viewer) -> None:
         playback.record(navigation.camera)
     imgui.same_line()
     if imgui.button("clear"):
-        playback.path = type(path)()
+        playback.set_path(type(path)())
     imgui.same_line()
     if imgui.button("play"):
         playback.play()
@@ -296,8 +297,6 @@ def _draw_messages(viewer: Viewer) -> None:
 
 
 def _draw_help(viewer: Viewer) -> None:
-    from nrc.viewer.app import HELP
-
     left, top, width, height = viewer.viewport
     imgui.set_next_window_pos(ImVec2(left + width / 2.0, top + height / 2.0), 0, ImVec2(0.5, 0.5))
     imgui.begin("Keys and mouse", None, FIXED | imgui.WindowFlags_.always_auto_resize)

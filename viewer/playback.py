@@ -23,7 +23,7 @@ class Export:
 
     Attributes:
         n_frames, n_done: How many there are to be, and are.
-        cancelled: Set by the window to stop after the frame under way.
+        cancelled: Set by the window to stop; the frame under way is not written.
     """
 
     n_frames: int
@@ -35,7 +35,7 @@ class Playback:
     """State of the camera path.
 
     Attributes:
-        path: Keyframes.
+        path: Keyframes; replaced by `set_path`.
         time: On the path [s] while it plays or is scrubbed; None where the camera is free.
         is_playing, is_recording: Whether time goes on by itself, and whether the camera is being recorded.
         export: Frames being written, or None.
@@ -59,16 +59,22 @@ class Playback:
         """Stand still at a time of the path."""
         self.time, self.is_playing = time, False
 
+    def set_path(self, path: CameraPath) -> None:
+        """Take another path; playing and recording end."""
+        self.stop()
+        self.path, self.is_recording = path, False
+
     def stop(self) -> None:
         """Set the camera free."""
         self.time, self.is_playing = None, False
 
     def record(self, camera: Camera) -> None:
         """Begin a new path at the camera, or end the recording."""
-        self.is_recording = not self.is_recording
         if self.is_recording:
-            self.stop()
-            self.path, self._recorded = CameraPath(), 0.0
+            self.is_recording = False
+        else:
+            self.set_path(CameraPath())
+            self.is_recording, self._recorded = True, 0.0
             self.path.add(camera, 0.0)
 
     def advance(self, seconds: float, camera: Camera) -> None:
@@ -88,9 +94,15 @@ class Playback:
         return None if self.time is None else self.path.camera(self.time)
 
     def write_frames(
-        self, session: Session, request: Request, folder: Path, export: Export, show: Callable[[Picture], None]
+        self,
+        session: Session,
+        request: Request,
+        cameras: list[Camera],
+        folder: Path,
+        export: Export,
+        show: Callable[[Picture], None],
     ) -> int:
-        """Render `export.n_frames` along the path as frame_0000.png, ... into `folder`; the number written.
+        """Render what each camera sees as frame_0000.png, ... into `folder`; the number written.
 
         Args:
             request: What each frame is of, but for its camera.
@@ -101,15 +113,15 @@ class Playback:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for i, time in enumerate(np.linspace(0.0, self.path.duration, export.n_frames)):
-                framed = replace(request, camera=self.path.camera(float(time)))
+            for i, camera in enumerate(cameras):
+                framed = replace(request, camera=camera)
                 for _ in range(self.spp):
+                    if export.cancelled:
+                        return export.n_done
                     picture = session.frame(framed)
                 write_image(folder / f"frame_{i:04}.png", to_rgb8(picture))
                 show(picture)
                 export.n_done = i + 1
-                if export.cancelled:
-                    break
         finally:
             self.export = None
         return export.n_done

@@ -14,7 +14,7 @@ from nrc.cache import CacheConfig
 from nrc.display import Operator
 from nrc.pathtracer import Integrator
 from nrc.scene import MATERIAL_KINDS, Material
-from nrc.viewer.scene_session import VIEWS, Compare, SceneSession
+from nrc.viewer.scene_session import Compare, SceneSession
 from nrc.viewer.widgets import checkbox, choice, color, section, slider, slider_int, text_input
 
 if TYPE_CHECKING:
@@ -33,15 +33,17 @@ def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
     settings = viewer.settings
     changes: dict[str, Any] = {
         "integrator": choice("integrator", settings.integrator, get_args(Integrator)),
-        "view": choice("view", settings.view, VIEWS if settings.integrator != "path" else VIEWS[:4]),
     }
+    view = choice("view", settings.shown_view, settings.views)
+    if view != settings.shown_view:
+        changes["view"] = view
     if settings.integrator != "path":
         if checkbox("split: path | cache", settings.split is not None) != (settings.split is not None):
             changes["split"] = 0.5 if settings.split is None else None
         changes["train"] = checkbox("train", settings.train)
         imgui.same_line()
         if imgui.button("empty the cache"):
-            viewer.worker.call(lambda session: session.reset_cache())
+            viewer.reset_cache()
         changes["threshold"] = slider("spread threshold", settings.threshold, 0.0, 1.0, "%.4f", logarithmic=True)
         changes["cache"] = _cache_config(viewer.settings.cache, session.device)
     changes["max_depth"] = slider_int("longest path", settings.max_depth, 1, 65)
@@ -52,7 +54,7 @@ def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
         if imgui.button("load##reference") and file:
             viewer.load_reference(Path(file))
     if changes["integrator"] == "path":
-        changes |= {"split": None, "view": changes["view"] if changes["view"] in VIEWS[:4] else "radiance"}
+        changes["split"] = None
     viewer.change(**changes)
     figures = [(name, viewer.stats[name]) for name in CACHE_FIGURES if name in viewer.stats]
     for name, value in figures:
@@ -60,7 +62,7 @@ def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
 
 
 def _cache_config(config: CacheConfig, device: wp.Device) -> CacheConfig:
-    """The cache's configuration as the panel has it. Another encoding or table starts it empty."""
+    """The cache's configuration as the panel has it. Another encoding starts it empty."""
     batch_size = config.batch_size_on(device)
     encoding = choice("encoding", config.encoding, ("hash", "frequency"))
     rate = slider("learning rate", config.learning_rate, 1e-5, 1e-1, "%.5f", logarithmic=True)

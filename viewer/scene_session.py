@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,13 @@ from nrc.cache import CacheConfig
 from nrc.debug_views import debug_views
 from nrc.display import Display, ToneMapping
 from nrc.image import read_linear
+from nrc.launch import prepare
 from nrc.metrics import relmse
 from nrc.pathtracer import Integrator, PathTracerConfig
 from nrc.renderer import Renderer
 from nrc.scene import Camera, Light, Material, PointLight, Scene, SpotLight
 from nrc.snapshot import SnapshotError
+from nrc.viewer.navigation import same_camera
 from nrc.viewer.resolution import Resolution
 from nrc.viewer.session import Picture, Request
 
@@ -36,6 +39,7 @@ CACHE_VIEWS = (
 VIEWS = ("radiance", *FIRST_HIT_VIEWS, *CACHE_VIEWS)
 Compare = Literal["off", "path", "file"]
 REST_FRAMES = 8  # accumulated before a reference is rendered beside
+STATS_SECONDS = 0.25  # between two readings of the cache's counters on CUDA
 COMPARE_SECONDS = 1.0  # between two looks at the error
 
 
@@ -46,7 +50,7 @@ class SceneSettings:
     Attributes:
         integrator: Of the picture, right of the split.
         split: Fraction of the width left of which paths are followed to their ends, or None.
-        view: One of `VIEWS`.
+        view: One of `VIEWS`; "radiance" is shown where the integrator has no such view.
         train: Whether frames train the cache.
         threshold, max_depth: Of `PathTracerConfig`.
         cache: What the cache is made of.
@@ -72,6 +76,16 @@ class SceneSettings:
     light_gains: tuple[float, ...] = ()
     materials: tuple[tuple[int, Material], ...] = ()
     compare: Compare = "off"
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those of `VIEWS` that there are with the integrator: paths alone have no cache to look at."""
+        return VIEWS if self.integrator != "path" else ("radiance", *FIRST_HIT_VIEWS)
+
+    @property
+    def shown_view(self) -> str:
+        """`view` if there is such a one, else "radiance"."""
+        return self.view if self.view in self.views else "radiance"
 
 
 @dataclass
@@ -120,6 +134,7 @@ class SceneSession:
             + [scene.materials[i].name or f"material {i}" for i in self._emitters]
         )
         self._seed, self._rr_depth = seed, scene.settings.rr_depth
+        self.report: Callable[[str], None] = lambda _line: None
         self.settings = SceneSettings(
             integrator=integrator,
             max_depth=scene.settings.max_depth,
@@ -137,9 +152,10 @@ class SceneSession:
         self._display = Display(self.device)
         self._resolution = Resolution()
         self._reference = _Reference()
+        self._counters: dict[str, float] = {}  # of the cache, and when they were read
+        self._counted = 0.0
         self._layers: dict[str, np.ndarray] = {}  # of the view on display, where it is not radiance
         self._stages = dict(self._renderer.stage_seconds)
-        self._n_seen_stages = 0
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels of the first frame by name."""
@@ -164,7 +180,7 @@ class SceneSession:
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, or the layer on display, (height, width, 3) float32."""
-        layer = self._layers.get(self._shown.view)
+        layer = self._layers.get(self._shown.shown_view)
         if layer is None:
             return self._renderer.image()
         return np.ascontiguousarray(np.broadcast_to(layer[..., None], (*layer.shape, 3)) if layer.ndim == 2 else layer)
@@ -202,6 +218,7 @@ class SceneSession:
         """Compare with this picture from now on; its width and height [px]. Raises ImageError."""
         image = read_linear(path)
         self._reference.file = image
+        self._reference.figures = {}
         return image.shape[1], image.shape[0]
 
     # --- following a request -----------------------------------------------------------------------------------------
@@ -219,9 +236,11 @@ class SceneSession:
                 self._forget_reference()
         if new.cache != old.cache:
             renderer.set_cache_config(new.cache)
+        if (new.cache, new.integrator) != (old.cache, old.integrator):
+            prepare(renderer.kernels(), self.device, report=self.report)
         renderer.train = new.train
         camera = request.camera or self._base.camera
-        if camera is not self._camera and not _same_camera(camera, self._camera):
+        if not same_camera(camera, self._camera):
             renderer.set_camera(camera)
             self._camera = camera
             self._forget_reference()
@@ -229,10 +248,9 @@ class SceneSession:
         if size != (renderer.tracer.width, renderer.tracer.height):
             renderer.resize(*size)
             self._forget_reference()
-        split = 0 if new.split is None else round(new.split * size[0])
-        if split != renderer.split:
-            renderer.split = split
-            renderer.restart()
+        renderer.split = 0 if new.split is None else round(new.split * size[0])
+        if new.compare != old.compare:
+            self._reference.figures = {}
         self._shown = new
 
     def _config(self, settings: SceneSettings) -> PathTracerConfig:
@@ -270,7 +288,7 @@ class SceneSession:
     # --- showing -----------------------------------------------------------------------------------------------------
 
     def _show(self, settings: SceneSettings) -> wp.array:
-        renderer, view = self._renderer, settings.view
+        renderer, view = self._renderer, settings.shown_view
         if view == "radiance":
             self._layers = {}
             return self._display.show_film(renderer.film, settings.tone)
@@ -298,7 +316,10 @@ class SceneSession:
         stages["display"] = max(0.0, 1e3 * seconds - sum(stages.values()))
         stats: dict[str, Any] = {"ms": 1e3 * seconds, "stages_ms": stages, "spp": renderer.film.n_frames}
         if renderer.cache is not None and renderer.config.integrator != "path":
-            stats |= renderer.cache.stats()
+            now = time.perf_counter()
+            if self.device.is_cpu or now - self._counted > STATS_SECONDS:  # reading them back is dear on CUDA
+                self._counters, self._counted = renderer.cache.stats(), now
+            stats |= self._counters
         return stats
 
     # --- comparing ---------------------------------------------------------------------------------------------------
@@ -337,7 +358,8 @@ class SceneSession:
 
     def _grow_reference(self) -> None:
         main, reference = self._renderer, self._reference
-        config = replace(self._config(self._shown), integrator="path", seed=self._seed + 1)
+        defaults = SceneSettings(max_depth=self._shown.max_depth)  # whatever else changes is no matter to full paths
+        config = replace(self._config(defaults), integrator="path", seed=self._seed + 1)
         size = (main.tracer.width, main.tracer.height)
         if reference.renderer is None:
             reference.renderer = Renderer(main.scene, *size, config, device=self.device)
@@ -355,13 +377,6 @@ class SceneSession:
 
 def _scene_part(settings: SceneSettings) -> tuple[Any, ...]:
     return (settings.environment_turn, settings.environment_gain, settings.light_gains, settings.materials)
-
-
-def _same_camera(a: Camera, b: Camera) -> bool:
-    same = np.array_equal(a.to_world, b.to_world)
-    return same and all(
-        getattr(a, name) == getattr(b, name) for name in ("fov", "fov_axis", "aperture_radius", "focus_distance")
-    )
 
 
 def _light_name(light: Light, i: int) -> str:

@@ -5,6 +5,7 @@ The window's thread writes a `Request`, the worker's thread answers with a `Pict
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,7 @@ class Session(Protocol):
         camera: To start from; None for images.
         up: (3,) which way is up in the session's world.
         bounds: Lower and upper corner of what there is to see, (3,) each; of images (0, 0, 0) and (width, height, 0).
+        report: Receives a line about what takes long within a frame.
     """
 
     kind: str
@@ -83,6 +85,7 @@ class Session(Protocol):
     camera: Camera | None
     up: tuple[float, float, float]
     bounds: tuple[np.ndarray, np.ndarray]
+    report: Callable[[str], None]
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels of the first frame by name, for `nrc.launch.prepare`."""

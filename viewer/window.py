@@ -55,7 +55,8 @@ class Window:
         self._contexts = imgui.create_context(), implot.create_context()
         io = imgui.get_io()
         io.set_ini_filename("")
-        io.fonts.add_font_from_file_ttf(str(Path(imgui_bundle.__file__).parent / FONT), FONT_SIZE * self.pixel_ratio)
+        io.config_error_recovery_enable_assert = io.config_error_recovery_enable_tooltip = False  # `build` may raise
+        io.fonts.add_font_from_file_ttf(str(Path(imgui_bundle.__file__).parent / FONT), FONT_SIZE)
         if headless:
             io.config_flags |= imgui.ConfigFlags_.no_mouse_cursor_change.value
         self._renderer = create_renderer(self._window)
@@ -97,7 +98,10 @@ class Window:
         self._window.dispatch_events()
 
     def draw(self, build: Callable[[], None], *, screenshot: Path | None = None) -> None:
-        """Draw a frame of what `build` says to ImGui, and write it as a picture file too. Raises ImageError."""
+        """Draw a frame of what `build` says to ImGui, and write it as a picture file too.
+
+        Raises ImageError, or what `build` raises; the next frame may be drawn all the same.
+        """
         imgui, now = self._imgui, time.perf_counter()
         self._window.switch_to()
         imgui.get_io().delta_time = max(now - self._drawn, 1e-4)
@@ -190,7 +194,10 @@ class Window:
         """Hand events on to `handler`: mouse events unless ImGui wants the mouse, keys unless it wants the keyboard."""
         mouse = ("on_mouse_press", "on_mouse_scroll")
         keys = ("on_key_press",)
-        always = ("on_mouse_release", "on_mouse_drag", "on_mouse_motion", "on_key_release", "on_file_drop", "on_resize")
+        always = (
+            "on_mouse_release", "on_mouse_drag", "on_mouse_motion", "on_key_release", "on_deactivate", "on_file_drop",
+            "on_resize",
+        )  # fmt: skip
 
         def forward(name: str) -> Callable[..., None]:
             def handle(*arguments: Any) -> None:

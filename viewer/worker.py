@@ -46,7 +46,7 @@ class Worker:
         n_pictures: How many there were.
         session: What is looked at now.
         activity: What takes long at the moment, for the window to say; "" while frames are computed.
-        limit: Pictures after which it rests; None for no end.
+        limit: Pictures after which it rests; None for no end. May be set at any time.
     """
 
     def __init__(self) -> None:
@@ -55,12 +55,13 @@ class Worker:
         self.n_pictures = 0
         self.session: Session | None = None
         self.activity = ""
-        self.limit: int | None = None
         self._changed = threading.Condition()
+        self._limit: int | None = None
         self._request: Request | None = None
         self._failed: Request | None = None  # not tried again until the window wants something else
         self._calls: deque[_Call] = deque()
-        self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._results: deque[tuple[_Call, Any]] = deque()
+        self._unsettled = 0  # results not yet taken without which the window may ask for what is no longer there
         self._messages: deque[Message] = deque()
         self._stopping = False
         self._began = 0.0
@@ -85,7 +86,7 @@ class Worker:
 
         Args:
             what: It does, if it takes long, for the window to say.
-            settled: It changes settings: no older request is answered after it.
+            settled: It changes settings: no request made before `then` has run is answered after it.
         """
         with self._changed:
             self._calls.append(_Call(function, then, what, settled))
@@ -96,6 +97,7 @@ class Worker:
 
         def replace(_old: Session | None) -> Session:
             session = make_session()
+            session.report = self._report
             prepare(session.kernels(), session.device, report=self._report)
             with self.lock:
                 self.session, self.picture = session, None
@@ -106,22 +108,36 @@ class Worker:
     def take_results(self) -> list[Message]:
         """Run the `then` of finished calls, and give what is to be said."""
         while self._results:
-            then, result = self._results.popleft()
-            then(result)
+            call, result = self._results.popleft()
+            try:
+                if call.then is not None:
+                    call.then(result)
+            except Exception as error:
+                self._fail(error)
+            if call.settled:
+                with self._changed:
+                    self._request = self._failed = None
+                    self._unsettled -= 1
         messages = []
         while self._messages:
             messages.append(self._messages.popleft())
         return messages
-
-    def say(self, text: str) -> None:
-        """Leave a message for the window."""
-        self._messages.append(Message(text))
 
     def publish(self, picture: Picture) -> None:
         """Show a picture from within a call."""
         with self.lock:
             self.picture = picture
             self.n_pictures += 1
+
+    @property
+    def limit(self) -> int | None:
+        return self._limit
+
+    @limit.setter
+    def limit(self, n_pictures: int | None) -> None:
+        with self._changed:
+            self._limit = n_pictures
+            self._changed.notify()
 
     @property
     def activity_seconds(self) -> float:
@@ -134,7 +150,7 @@ class Worker:
         return bool(self._calls or self._results or self._messages)
 
     def stop(self) -> None:
-        """End the thread after what it does now."""
+        """End the thread after the calls that wait."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -145,7 +161,7 @@ class Worker:
             with self._changed:
                 if not (self._stopping or self._calls or self._answerable()):
                     self._changed.wait()
-                if self._stopping:
+                if self._stopping and not self._calls:
                     return
                 call = self._calls[0] if self._calls else None
                 request = self._answerable()
@@ -156,8 +172,9 @@ class Worker:
 
     def _answerable(self) -> Request | None:
         """The request to answer next, if any."""
-        is_over = self.limit is not None and self.n_pictures >= self.limit
-        return None if self.session is None or is_over or self._request is self._failed else self._request
+        is_over = self._limit is not None and self.n_pictures >= self._limit
+        rests = self.session is None or is_over or self._unsettled > 0 or self._request is self._failed
+        return None if rests else self._request
 
     def _run_call(self, call: _Call) -> None:
         self.activity, self._began = call.what, time.perf_counter()
@@ -165,9 +182,8 @@ class Worker:
             result = call.function(self.session)
             if call.settled:
                 with self._changed:
-                    self._request = self._failed = None
-            if call.then is not None:
-                self._results.append((call.then, result))
+                    self._unsettled += 1
+            self._results.append((call, result))
         except Exception as error:
             self._fail(error)
         self.activity = ""
@@ -180,6 +196,7 @@ class Worker:
             self._failed = request
             self._fail(error)
             return
+        self.activity = ""
         self.publish(picture)
         if picture.stats.get("idle"):
             with self._changed:
@@ -190,9 +207,9 @@ class Worker:
         """Tell the user; a traceback only of what is not a mistake in files or settings."""
         expected = isinstance(error, ValueError | OSError)
         if not expected:
-            log.error("in the worker", exc_info=error)
+            log.error("in the viewer", exc_info=error)
         text = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
         self._messages.append(Message(text, is_error=True))
 
     def _report(self, line: str) -> None:
-        self.activity = line
+        self.activity, self._began = line, time.perf_counter()
