@@ -24,10 +24,17 @@ _PUBLIC = {
     "Scene": "nrc.scene",
     "SnapshotError": "nrc.snapshot",
     "Trainer": "nrc.trainer",
+    "TrainingPaths": "nrc.records",
     "load": "nrc.assets",
     "load_config": "nrc.config",
+    "make_query": "nrc.cache",
+    "training_tiles": "nrc.records",
 }
 __all__ = [*_PUBLIC, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -94,11 +94,13 @@ class Viewer:
         self.window, self.worker = window, Worker()
         self.fps, self.size, self.show_panels = fps or FPS_CPU, size, panels
         self.show_help = False
+        self.close_popups = False  # when the window is drawn next
         self.session: Session | None = None
         self.settings: Any = None
         self.navigation: Navigation | None = None
         self.image_navigation: ImageNavigation | None = None
         self.picked: dict[str, Any] | None = None
+        self.was_picked = False  # just now: its panel opens
         self.playback = Playback()
         self.show_cameras, self.camera_index = False, 0  # of a radiance field's photographs
         self.history = History()
@@ -133,6 +135,8 @@ class Viewer:
             return
         self.opened_at = time.perf_counter()
         options, self._open_options = self._open_options, _for_any(self._open_options)
+        if isinstance(self.session, SceneSession):
+            options = {**options, "integrator": self.settings.integrator}
         self.worker.open(lambda: open_source(source, **options), self._start, what=path.name or source)
 
     def load_cache(self, path: Path) -> None:
@@ -185,9 +189,9 @@ class Viewer:
             return
 
         def picked(result: dict[str, Any] | None) -> None:
-            self.picked = result
+            self.picked, self.was_picked = result, result is not None
 
-        self.worker.call(lambda session: session.pick(*place), picked)
+        self.worker.call(lambda session: session.pick(*place), picked, what="picking")
 
     def focus(self) -> None:
         """Turn to the picked point, orbit it from now on, and focus the lens on it."""
@@ -245,13 +249,15 @@ class Viewer:
             return
         cameras = playback.path.cameras(round(playback.path.duration * playback.fps) + 1)
         export = playback.export = Export(len(cameras))
-        picture = self.picture
-        if request.size is None and picture is not None:
-            request = replace(request, size=(picture.width, picture.height))
+        width, height = playback.size
+        request = replace(request, size=playback.size, width=width, height=height)
+
+        def done(n: int) -> None:
+            self.say(f"{'cancelled after' if export.cancelled else 'wrote'} {n} frames in {folder}")
 
         self.worker.call(
             lambda session: playback.write_frames(session, request, cameras, folder, export, self.worker.publish),
-            lambda n: self.say(f"wrote {n} frames into {folder}"),
+            done,
             what=f"writing frames into {folder}",
         )
 
@@ -330,6 +336,7 @@ class Viewer:
         self.fps = self._fps_asked or (FPS_CPU if session.device.is_cpu else FPS_CUDA)
         self.picked, self.playback, self.history = None, Playback(), History()
         self.first_picture_seconds = None
+        self.messages = [(message, at) for message, at in self.messages if not message.is_error]
         self._asked, self._changed = None, self._ticked
         for warning in session.warnings:
             self.say(warning)

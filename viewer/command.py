@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nrc.viewer.app import Viewer
+from nrc.viewer.opening import kind_of
 from nrc.viewer.window import NullWindow, Window, WindowError
 
 
@@ -43,6 +44,8 @@ def view(
     Raises:
         ValueError: No window, or with `n_pictures` anything that went wrong: there is nobody to read it in the window.
     """
+    if open_options.get("kind") is None:
+        kind_of(source)  # a wrong name is said before a window opens
     window: Window | NullWindow
     try:
         window = Window(*window_size, "nrc", headless=headless)
@@ -95,6 +98,8 @@ def _figures(viewer: Viewer, say: Callable[[str], None], *files: Path | None) ->
         "stages_ms": {name: sum(values) / len(values) for name, values in viewer.history.stages.items()},
     }
     first = viewer.first_picture_seconds
+    for file in figures["files"]:
+        say(f"wrote {file}")
     say(
         f"{session.name}: {picture.width}x{picture.height}, {viewer.history.fps:.1f} frames/s"
         + (f", first picture after {first:.1f} s" if first is not None else "")

@@ -114,7 +114,8 @@ class Controls:
             viewer.change(integrator=name, split=None if name == "path" else viewer.settings.split)
 
     def _toggle_training(self) -> None:
-        self._viewer.change(train=not self._viewer.settings.train)
+        if getattr(self._viewer.session, "training", True) is not None:
+            self._viewer.change(train=not self._viewer.settings.train)
 
     def _toggle_split(self) -> None:
         settings = self._viewer.settings
@@ -129,6 +130,7 @@ class Controls:
 
     def _dismiss(self) -> None:
         self._viewer.show_help, self._viewer.messages = False, []
+        self._viewer.close_popups = True
         self._viewer.playback.stop()
 
     def _next_free(self, suffix: str) -> Path:

@@ -24,13 +24,12 @@ def draw_image_panel(viewer: Viewer) -> None:
     if not section("image"):
         return
     settings = viewer.settings
-    changes: dict[str, Any] = {
-        "train": checkbox("train", settings.train),
-        "show": choice("show", settings.show, ("fitted", "original", "error")),
+    changes: dict[str, Any] = _training(viewer) | {
+        "show": choice("show", settings.show, ("fitted", "original", "error"))
     }
     if checkbox("split: original | fitted", settings.split is not None) != (settings.split is not None):
         changes["split"] = 0.5 if settings.split is None else None
-    changes["error_gain"] = slider("error times", settings.error_gain, 1.0, 100.0, "%.0f", logarithmic=True)
+    changes["error_gain"] = slider("error gain", settings.error_gain, 1.0, 100.0, "%.0f", logarithmic=True)
     navigation = viewer.image_navigation
     if navigation is not None:
         zoom = slider("zoom", navigation.window.zoom, 0.01, 256.0, "%.2f", logarithmic=True)
@@ -44,18 +43,25 @@ def draw_image_panel(viewer: Viewer) -> None:
     viewer.change(**changes)
 
 
+def _training(viewer: Viewer) -> dict[str, Any]:
+    """Whether to train; nothing where the fit is a snapshot."""
+    if getattr(viewer.session, "training", None) is None:
+        imgui.text_disabled("a snapshot: nothing trains")
+        return {}
+    return {"train": checkbox("train", viewer.settings.train)}
+
+
 def draw_sdf_panel(viewer: Viewer) -> None:
     """Which picture, and where the slice is."""
     if not section("signed distance"):
         return
     settings = viewer.settings
-    axis = choice("slice across", AXES[settings.axis], AXES)
-    viewer.change(
-        train=checkbox("train", settings.train),
-        show=choice("show", settings.show, ("shaded", "normals", "slice")),
-        axis=AXES.index(axis),
-        offset=slider("slice at", settings.offset, 0.0, 1.0),
-    )
+    changes = _training(viewer)
+    changes["show"] = choice("show", settings.show, ("shaded", "normals", "slice"))
+    if settings.show == "slice":
+        changes["axis"] = AXES.index(choice("slice across", AXES[settings.axis], AXES))
+        changes["offset"] = slider("slice at", settings.offset, 0.0, 1.0)
+    viewer.change(**changes)
 
 
 def draw_nerf_panel(viewer: Viewer) -> None:
@@ -63,8 +69,7 @@ def draw_nerf_panel(viewer: Viewer) -> None:
     if not section("radiance field") or viewer.session is None:
         return
     settings, session = viewer.settings, viewer.session
-    changes: dict[str, Any] = {
-        "train": checkbox("train", settings.train),
+    changes: dict[str, Any] = _training(viewer) | {
         "show": choice("show", settings.show, ("colour", "depth", "occupancy")),
         "background": choice("background", settings.background, ("white", "black")),
     }
@@ -74,7 +79,7 @@ def draw_nerf_panel(viewer: Viewer) -> None:
         i = min(viewer.camera_index, len(cameras) - 1)
         _, viewer.camera_index = imgui.input_int("camera", i)
         viewer.camera_index = min(max(viewer.camera_index, 0), len(cameras) - 1)
-        if imgui.button("look through it") and viewer.navigation is not None:
+        if imgui.button("look through") and viewer.navigation is not None:
             viewer.look_through(cameras[viewer.camera_index])
     lower, upper = (np.asarray(corner, float) for corner in session.bounds)
     is_cropped = checkbox("crop box", settings.crop is not None)

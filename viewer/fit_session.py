@@ -21,6 +21,7 @@ from nrc.viewer.resolution import Resolution
 from nrc.viewer.session import Picture, Request
 
 TRAIN_SHARE = 0.5  # of a frame's time
+LONGEST_TRAINING = 1.0  # seconds between two pictures that take longer than they should
 STILL_SECONDS = 0.5  # that a picture of what rests may take
 STILL_GROWTH = 2.0**0.5  # of its sides, from one picture to the next
 
@@ -68,7 +69,7 @@ class FitSession:
         trained = 0.0
         if self.training is not None and request.settings.train:
             # Where pictures take longer than they should, training is not to wait for them
-            trained = self.training.train(max(TRAIN_SHARE * request.seconds, min(self._drawn, request.seconds)))
+            trained = self.training.train(max(TRAIN_SHARE * request.seconds, min(self._drawn, LONGEST_TRAINING)))
         size, still = self._resolution.size(request), False
         picture = self._picture
         if picture is not None and trained == 0.0 and self._request is not None and same_view(request, self._request):

@@ -61,19 +61,30 @@ def open_source(source: str, *, kind: str | None = None, device: Any = None, **s
         from nrc.viewer.scene_session import SceneSession
 
         scene = assets.load(source, defines=scene_options.pop("defines", None))
-        return SceneSession(scene, device=device, **scene_options)
+        session = SceneSession(scene, device=device, **scene_options)
+        session.name = _title(Path(source), "scene")
+        return session
     snapshot = None
     if kind == "snapshot":
         path = Path(source)
         snapshot = path / "snapshot.safetensors" if path.is_dir() else path
         kind = _kind_of_snapshot(snapshot)
-    session = _fit_session(kind)
-    return session(source, device=device) if snapshot is None else session.from_snapshot(snapshot, device=device)
+    if snapshot is None:
+        return _fit_session(kind)(source, device=device)
+    session = _fit_session(kind).from_snapshot(snapshot, device=device)
+    session.name = _title(snapshot, "snapshot")
+    return session
 
 
 def holds_cache(path: Path) -> bool:
     """Whether a file is a radiance cache that was saved."""
     return path.suffix.lower() == ".safetensors" and format_of(path) == CACHE_KIND
+
+
+def _title(path: Path, common: str) -> str:
+    """Name of a file without its suffix, of its folder where the file is called what many are."""
+    path = path.resolve()
+    return path.parent.name if path.stem == common else path.stem
 
 
 def _fit_session(kind: str) -> Any:

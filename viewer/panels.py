@@ -14,7 +14,17 @@ from nrc.viewer.controls import HELP
 from nrc.viewer.fit_panels import draw_image_panel, draw_nerf_overlay, draw_nerf_panel, draw_sdf_panel
 from nrc.viewer.scene_panels import draw_cache_panel, draw_scene_panel
 from nrc.viewer.scene_session import SceneSession
-from nrc.viewer.widgets import checkbox, draw_split, section, slider, slider_int, text_input
+from nrc.viewer.widgets import (
+    button,
+    checkbox,
+    draw_split,
+    explain,
+    section,
+    size_input,
+    slider,
+    slider_int,
+    text_input,
+)
 
 if TYPE_CHECKING:
     from nrc.viewer.app import Viewer
@@ -24,6 +34,7 @@ MOST_MESSAGES = 6
 PLOT_HEIGHT = 130.0
 LINE_COLOR = 0xFF80C8FF
 RED, GREY = ImVec4(1.0, 0.45, 0.4, 1.0), ImVec4(0.7, 0.7, 0.7, 1.0)
+ANY_POPUP = imgui.PopupFlags_.any_popup_id | imgui.PopupFlags_.any_popup_level
 FIXED = imgui.WindowFlags_.no_move | imgui.WindowFlags_.no_resize | imgui.WindowFlags_.no_collapse
 PLAIN = (
     imgui.WindowFlags_.no_decoration
@@ -36,6 +47,9 @@ PLAIN = (
 
 def draw_window(viewer: Viewer, texture: Any) -> None:
     """Everything in the window."""
+    if viewer.close_popups and imgui.is_popup_open("", ANY_POPUP):
+        imgui.internal.close_popup_to_level(0, False)
+    viewer.close_popups = False
     left, top, right, bottom = viewer.picture_box
     if texture is not None and viewer.picture is not None:
         imgui.get_background_draw_list().add_image(texture, ImVec2(left, top), ImVec2(right, bottom))
@@ -79,9 +93,10 @@ def _draw_panels(viewer: Viewer) -> None:
 def _draw_file(viewer: Viewer) -> None:
     if viewer.session is not None:
         imgui.text(f"{viewer.session.name}  ({viewer.session.kind}, {viewer.session.device})")
-    path = text_input("open", "scene, image, mesh, folder, snapshot")
+    path, entered = text_input("open", "cornell_box")
+    explain("scene (file or built-in name), image, mesh, folder of photographs, snapshot")
     imgui.same_line()
-    if imgui.button("open") and path:
+    if imgui.button("open") or entered:
         viewer.open(path)
     fps = slider("frames/s aim", viewer.fps, 1.0, 120.0, "%.0f", logarithmic=True)
     if fps != viewer.fps:
@@ -90,16 +105,15 @@ def _draw_file(viewer: Viewer) -> None:
         picture = viewer.picture
         viewer.size = (picture.width, picture.height) if viewer.size is None and picture is not None else None
     if viewer.size is not None:
-        changed, size = imgui.input_int2("size [px]", list(viewer.size))
-        if changed:
-            viewer.size = (min(max(size[0], 1), 8192), min(max(size[1], 1), 8192))
+        viewer.size = size_input("size [px]", viewer.size)
 
 
 def _draw_plots(viewer: Viewer) -> None:
     if not section("plots"):
         return
     history = viewer.history
-    _plot("loss", {"loss": history.loss}, log=True)
+    if len(history.loss):
+        _plot("loss", {"loss": history.loss}, log=True)
     _plot("frame [ms]", history.stages, stacked=True)
     if len(history.error):
         _plot("relMSE", {"relMSE": history.error}, log=True)
@@ -146,14 +160,14 @@ def _draw_camera(viewer: Viewer) -> None:
         navigation.set_aperture(radius)
     if distance != camera.focus_distance:
         navigation.set_focus_distance(distance)
-    if imgui.button("focus on picked"):
+    if button("focus on picked", enabled=viewer.picked is not None):
         viewer.focus()
     imgui.same_line()
     if imgui.button("reset"):
         viewer.reset_camera()
-    name = text_input("view", "name of a view")
+    name, entered = text_input("view", f"view {len(navigation.views) + 1}")
     imgui.same_line()
-    if imgui.button("keep") and name:
+    if imgui.button("keep view") or entered:
         navigation.save(name)
     for name in list(navigation.views):
         if imgui.button(f"{name}##recall"):
@@ -179,24 +193,27 @@ def _draw_path(viewer: Viewer) -> None:
     if imgui.button("clear"):
         playback.set_path(type(path)())
     imgui.same_line()
-    if imgui.button("play"):
+    is_path = len(path.keyframes) > 1
+    if button("play", enabled=is_path):
         playback.play()
-    if len(path.keyframes) > 1:
-        at = slider("time", playback.time or 0.0, 0.0, path.duration, "%.2f s")
-        if at != (playback.time or 0.0):
-            playback.seek(at)
-    file = text_input("path file", "path.json")
+    imgui.begin_disabled(not is_path)
+    at = slider("time", playback.time or 0.0, 0.0, max(path.duration, 1e-3), "%.2f s")
+    imgui.end_disabled()
+    if at != (playback.time or 0.0):
+        playback.seek(at)
+    file, _ = text_input("path file", "path.json")
     imgui.same_line()
-    if imgui.button("save##path") and file:
+    if imgui.button("save##path"):
         viewer.save_path(Path(file))
     imgui.same_line()
-    if imgui.button("load##path") and file:
+    if imgui.button("load##path"):
         viewer.load_path(Path(file))
     if playback.export is None:
-        folder = text_input("frames into", "folder")
+        folder, _ = text_input("frames into", "frames")
+        playback.size = size_input("size of frames", playback.size)
         playback.fps = slider("frames/s", playback.fps, 1.0, 60.0, "%.0f")
         playback.spp = slider_int("samples", playback.spp, 1, 1024, logarithmic=True)
-        if imgui.button("export frames") and folder:
+        if button("export frames", enabled=is_path):
             viewer.export_frames(Path(folder))
     else:
         imgui.progress_bar(playback.export.n_done / playback.export.n_frames, ImVec2(-60.0, 0.0))
@@ -208,17 +225,18 @@ def _draw_path(viewer: Viewer) -> None:
 def _draw_output(viewer: Viewer) -> None:
     if not section("output", opened=False):
         return
-    file = text_input("picture", "picture.png or .exr")
-    if imgui.button("picture") and file:
+    file, _ = text_input("picture", "picture.png")
+    explain(".png as it is shown, .exr or .hdr linear; of the picture's size, which can be fixed above")
+    if imgui.button("save picture"):
         viewer.viewport_screenshot(Path(file))
     imgui.same_line()
-    if imgui.button("window") and file:
+    if imgui.button("save window"):
         viewer.screenshot(Path(file))
-    file = text_input("snapshot", "snapshot.safetensors")
-    if imgui.button("save snapshot") and file:
+    file, _ = text_input("snapshot", "snapshot.safetensors")
+    if imgui.button("save snapshot"):
         viewer.save(Path(file))
     imgui.same_line()
-    if imgui.button("load") and file:
+    if imgui.button("load snapshot"):
         viewer.open(file)
 
 

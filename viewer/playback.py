@@ -39,7 +39,7 @@ class Playback:
         time: On the path [s] while it plays or is scrubbed; None where the camera is free.
         is_playing, is_recording: Whether time goes on by itself, and whether the camera is being recorded.
         export: Frames being written, or None.
-        fps, spp: Of exported frames: how many per second, and frames accumulated for each.
+        fps, spp, size: Of exported frames: how many per second, samples accumulated for each, width and height [px].
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Playback:
         self.time: float | None = None
         self.is_playing = self.is_recording = False
         self.export: Export | None = None
-        self.fps, self.spp = 24.0, 16
+        self.fps, self.spp, self.size = 24.0, 16, (640, 360)
         self._recorded = 0.0  # [s] since recording began
 
     def play(self) -> None:

@@ -14,6 +14,7 @@ STEPS = 4  # levels per halving of the sides: neighbours differ by sqrt(2) in pi
 MOST_STEPS = 4  # levels that one change may grow by
 GROW, SHRINK = 0.7, 1.15  # of the time aimed at; further apart than sqrt(2), or noise would swing between two levels
 MIDDLE = 1.05  # of the time aimed at, for a size shrunk to: as far from growing again as from shrinking further
+GROW_RESTED = 0.35  # instead of GROW, for what rests
 RESTED = 16  # accumulated frames from which the size stays
 PIXEL_SHARE = 0.25  # of the target time that pixels get however long the rest takes
 LEAST_SHARE = 0.02  # of a frame's time that pixels take
@@ -37,15 +38,13 @@ class Resolution:
       trial, where there was no other size yet to tell the fixed part from.
     - Where the fixed part leaves less than a quarter of the target, the pixels get that quarter and frames are slower
       than asked for: a tiny picture would not make them faster.
-    - From 16 accumulated frames on the size stays (a change would throw them away) until the view moves.
+    - From 16 accumulated frames on the size stays (a change would throw them away) until the view moves; unless its
+      pixels take less than 0.35 of what they may: a slow moment must not leave a coarse picture behind for good.
     - A new viewport or target lets the size follow the prediction at once, rested or not.
     """
 
     def __init__(self) -> None:
-        self._pixels, self._times = (
-            0,
-            [0.0],
-        )  # [px] of the last frame, and times [s] of the frames in a row of that size
+        self._pixels, self._times = 0, [0.0]  # [px] of the last frame, times [s] of the frames in a row of that size
         self._before: tuple[int, float] | None = None  # [px] and median time [s] of the frames before those
         self._asked: tuple[int, int, float] | None = None  # viewport and target that `_size` is for
         self._size = (1, 1)
@@ -71,10 +70,12 @@ class Resolution:
             self._asked, self._size = asked, sizes[-1]
         elif asked != self._asked:
             self._asked, self._size = asked, self._largest(sizes, aim)
-        elif n_frames < RESTED and self._pixels == self._size[0] * self._size[1]:
-            usual, i = median(self._times), sizes.index(self._size)
-            if usual - fixed < GROW * (aim - fixed):
+        elif self._pixels == self._size[0] * self._size[1]:
+            usual, i, rested = median(self._times), sizes.index(self._size), n_frames >= RESTED
+            if usual - fixed < (GROW_RESTED if rested else GROW) * (aim - fixed):
                 self._size = self._largest(sizes[max(i - MOST_STEPS, 0) : i + 1], aim)
+            elif rested:
+                return self._size
             elif self._before is None and (usual <= aim or i == len(sizes) - 1):
                 self._size = sizes[max(i - 1, 0)]
             elif len(self._times) > 1 and min(usual, *self._times[-2:]) > SHRINK * aim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,7 +14,7 @@ from nrc.display import Operator
 from nrc.pathtracer import Integrator
 from nrc.scene import MATERIAL_KINDS, Material
 from nrc.viewer.scene_session import Compare, SceneSession
-from nrc.viewer.widgets import checkbox, choice, color, section, slider, slider_int, text_input
+from nrc.viewer.widgets import button, checkbox, choice, color, explain, section, slider, slider_int, text_input
 
 if TYPE_CHECKING:
     from nrc.viewer.app import Viewer
@@ -45,6 +44,7 @@ def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
         if imgui.button("empty the cache"):
             viewer.reset_cache()
         changes["threshold"] = slider("spread threshold", settings.threshold, 0.0, 1.0, "%.4f", logarithmic=True)
+        explain("paths end in the cache where their area spread exceeds this share of the first footprint (c, Eq. 4)")
         changes["cache"] = _cache_config(viewer.settings.cache, session.device)
     changes["max_depth"] = slider_int("longest path", settings.max_depth, 1, 65)
     changes["compare"] = choice("compare with", settings.compare, get_args(Compare))
@@ -67,8 +67,10 @@ def _cache_config(config: CacheConfig, device: wp.Device) -> CacheConfig:
     encoding = choice("encoding", config.encoding, ("hash", "frequency"))
     rate = slider("learning rate", config.learning_rate, 1e-5, 1e-1, "%.5f", logarithmic=True)
     n_batches = slider_int("steps per frame", config.n_batches, 1, 16)
-    exponent = slider_int("log2 of records", int(math.log2(batch_size)), 8, 16)
-    records = config.batch_size if exponent == int(math.log2(batch_size)) else 1 << exponent
+    sizes = sorted({batch_size, *(1 << exponent for exponent in range(8, 17))})
+    chosen = int(choice("records per step", str(batch_size), [str(size) for size in sizes]))
+    explain("training records of an optimizer step; a frame takes as many of them as it has steps")
+    records = config.batch_size if chosen == batch_size else chosen
     return replace(config, encoding=encoding, learning_rate=rate, n_batches=n_batches, batch_size=records)
 
 
@@ -89,6 +91,9 @@ def draw_scene_panel(viewer: Viewer, session: SceneSession) -> None:
             slider(f"{name}##{i}", gain, 0.0, 100.0, logarithmic=True)
             for i, (name, gain) in enumerate(zip(session.light_names, settings.light_gains, strict=True))
         )
+    if viewer.was_picked:
+        imgui.set_next_item_open(True)
+        viewer.was_picked = False
     if section("picked object", opened=False):
         changes |= _draw_material(viewer)
     viewer.change(**changes)
@@ -105,7 +110,7 @@ def _draw_material(viewer: Viewer) -> dict[str, Any]:
     edited = edit_material(material)
     if edited is not material:
         overrides[mesh] = edited
-    if mesh in overrides and imgui.button("as in the file"):
+    if button("as in the file", enabled=mesh in overrides):
         del overrides[mesh]
     materials = tuple(sorted(overrides.items(), key=lambda item: item[0]))
     return {"materials": materials} if materials != viewer.settings.materials else {}
@@ -116,7 +121,7 @@ def edit_material(material: Material) -> Material:
     kind = choice("kind", material.kind, MATERIAL_KINDS)
     fields: dict[str, Any] = {"kind": kind}
     base = "specular" if kind in ("conductor", "dielectric", "thin_dielectric") else "base_color"
-    fields[base] = color(base.replace("_", " "), getattr(material, base))
+    fields[base] = color(base.replace("_color", " colour"), getattr(material, base))
     if kind in ROUGH:
         roughness = slider("roughness", material.roughness[0], 0.0, 1.0)
         fields["roughness"] = material.roughness if roughness == material.roughness[0] else (roughness, roughness)

@@ -173,7 +173,7 @@ class SceneSession:
         seconds = time.perf_counter() - start
         self._resolution.measure(width, height, seconds)
         stats = self._stats(seconds)
-        if request.settings.compare != "off":
+        if request.settings.compare != "off" and request.settings.shown_view == "radiance":
             self._compare(request.settings.compare)
             stats |= self._reference.figures
         return Picture(pixels, width, height, stats)

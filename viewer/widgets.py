@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GRIP = 6.0  # half the width of the split's handle [px]
 SPLIT_COLOR = 0xFFFFFFFF
+MOST_PIXELS = 8192  # on a side of a picture
 
 _texts: dict[str, str] = {}  # what is typed into the fields, as ImGui itself keeps the state of its widgets
 
@@ -22,10 +23,24 @@ def section(title: str, *, opened: bool = True) -> bool:
     return imgui.collapsing_header(title, flags)
 
 
-def text_input(label: str, hint: str) -> str:
-    """A field for text; what it holds."""
-    _, _texts[label] = imgui.input_text_with_hint(f"##{label}", hint, _texts.get(label, ""))
-    return _texts[label].strip()
+def text_input(label: str, default: str) -> tuple[str, bool]:
+    """A field for text; what it holds, the default where that is nothing, and whether Enter was hit in it."""
+    flags = imgui.InputTextFlags_.enter_returns_true.value
+    entered, _texts[label] = imgui.input_text_with_hint(f"##{label}", default, _texts.get(label, ""), flags)
+    return _texts[label].strip() or default, entered
+
+
+def button(label: str, *, enabled: bool = True) -> bool:
+    """A button, grey where it could do nothing; whether it was hit."""
+    imgui.begin_disabled(not enabled)
+    hit = imgui.button(label)
+    imgui.end_disabled()
+    return hit
+
+
+def explain(text: str) -> None:
+    """A tooltip for the widget before."""
+    imgui.set_item_tooltip(text)
 
 
 def choice(label: str, value: str, options: Sequence[str]) -> str:
@@ -56,6 +71,12 @@ def color(label: str, value: tuple[float, float, float]) -> tuple[float, float, 
     flags = imgui.ColorEditFlags_.float.value | imgui.ColorEditFlags_.hdr.value
     changed, edited = imgui.color_edit3(label, list(value), flags)
     return (edited[0], edited[1], edited[2]) if changed else value
+
+
+def size_input(label: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height [px] to type."""
+    changed, typed = imgui.input_int2(label, list(size))
+    return (min(max(typed[0], 1), MOST_PIXELS), min(max(typed[1], 1), MOST_PIXELS)) if changed else size
 
 
 def checkbox(label: str, value: bool) -> bool:
