@@ -68,6 +68,70 @@ def as_written_values(name: str, array: Any, n: int, device: wp.Device) -> wp.ar
     return view
 
 
+def as_vectors(name: str, array: Any, device: wp.Device, n_rows: int = 0) -> wp.array:
+    """(at least n_rows,) vec3 on `device` to read from: the caller's memory where that is possible, else a copy.
+
+    Raises:
+        ValueError: Not an array of three columns, or of too few rows.
+    """
+    if isinstance(array, wp.array) and array.dtype == wp.vec3 and array.ndim == 1 and array.device == device:
+        _check_rows(name, array, n_rows)
+        return array
+    rows = as_rows(name, array, 3, device, n_rows)
+    vectors: Any = wp.array(
+        ptr=rows.ptr, dtype=wp.vec3, shape=(rows.shape[0],), strides=(rows.strides[0],), device=rows.device, copy=False
+    )
+    vectors._ref = rows  # whose memory must outlive the view
+    return vectors
+
+
+def in_place(name: str, array: Any, dtype: Any, n: int, device: wp.Device) -> wp.array:
+    """The caller's own memory as (n,) `dtype` (float or vec3) on `device`, to read from and never copied.
+
+    (n, 3) float32 rows count as vec3. Raises ValueError: shape, type, device or layout do not allow that.
+    """
+    if isinstance(array, wp.array) and array.dtype == dtype and array.shape == (n,) and array.device == device:
+        return array
+    view = read_in_place(name, array)
+    n_columns = 3 if dtype == wp.vec3 else 1
+    shape = (n, 3) if n_columns == 3 else (n,)
+    ok = view.shape == shape and view.dtype == wp.float32 and view.device == device
+    if not ok or (n_columns == 3 and n > 0 and view.strides[1] != 4):
+        rows = (
+            f"({n}, 3) float32 with components side by side, or ({n},) vec3," if n_columns == 3 else f"({n},) float32"
+        )
+        strides = f", strides {view.strides} bytes" if ok else ""
+        raise ValueError(f"{name}: expected {rows} on {device}, got {describe(view)}{strides}")
+    return view if n_columns == 1 else as_vectors(name, view, device)
+
+
+def read_in_place(name: str, array: Any) -> wp.array:
+    """`array` of any library as a Warp array of scalars over the same memory. Raises ValueError where it is none."""
+    return _view(name, array)
+
+
+def owned_bytes(*owners: Any, skip: tuple[Any, ...] = ()) -> int:
+    """Bytes of all device arrays that objects of this package hold, at any depth; memory seen twice counts once."""
+    memory: dict[int, int] = {}
+    seen: set[int] = {id(owner) for owner in skip}
+    todo = list(owners)
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, wp.array):
+            if value.deleter is not None:  # not a view of another
+                memory[value.ptr] = value.capacity
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif type(value).__module__.startswith("nrc.") or hasattr(value, "_ctype"):
+            todo += vars(value).values()
+    return sum(memory.values())
+
+
 def as_count(count: Any, device: wp.Device) -> wp.array | None:
     """The caller's own array of one int32 on `device`, or None. Raises ValueError for anything else."""
     if count is None:

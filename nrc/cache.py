@@ -10,13 +10,16 @@ from typing import Any, Literal
 import numpy as np
 import warp as wp
 
-from nrc.arrays import as_count
+from nrc.arrays import as_count, as_vectors, as_written_rows, owned_bytes
 from nrc.config import parse_encoding, parse_network
 from nrc.field import Field
 from nrc.kernels import cache as kc
-from nrc.launch import launch, resolve_device
+from nrc.kernels import query as kq
+from nrc.kernels import scan as ks
+from nrc.launch import launch, prepare, resolve_device
 from nrc.optimizer import restore
-from nrc.records import Records
+from nrc.records import Records, TrainingPaths
+from nrc.scan import ExclusiveScan
 from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
 from nrc.trainer import Trainer
 
@@ -118,15 +121,34 @@ class CacheConfig:
         return {"otype": "Ema", "decay": self.ema_decay, "nested": adam}
 
 
+def make_query(config: CacheConfig) -> wp.Function:
+    """The cache as a function of one record, to call from a Warp kernel: one thread per record.
+
+    query(view, position, wo, normal, roughness, diffuse, specular) -> vec3 radiance towards wo, where `view` is a
+    `RadianceCache.device_view` of a cache with this configuration. The same function for the same encoding and network.
+    """
+    network = parse_network(config.network_config(), _encoding(config, 0).n_padded, 3)
+    return kq.make_query(_encoding(config, network.n_params), network)
+
+
+def _encoding(config: CacheConfig, first_param: int) -> Any:
+    return parse_encoding(config.encoding_config(), int(kc.N_INPUTS), first_param)
+
+
 class RadianceCache:
     """Learns L_s(x, wo): radiance scattered at x towards wo, direct light included, emission of x excluded.
 
-    One prediction and one training call per frame::
+    One training and one prediction call per frame (`docs/embedding.md`)::
 
         cache = RadianceCache(bounds, CacheConfig(), max_queries=65536, max_records=16384, device="cpu")
-        radiance = cache.query(queries)          # from the averaged weights
+        records = Records.of(position=..., wo=..., normal=..., roughness=..., diffuse=..., specular=...)
         tails = cache.query_primary(suffix_ends)  # for self-training, from the weights being trained
         cache.train(records, targets)
+        radiance = cache.query(queries)  # from the averaged weights
+
+    Launches go to the device's current stream; no call but `stats`, `state`, `save` and those that restore reads back
+    or synchronises, and after the first frame none allocates, so a frame can be captured in a CUDA graph. Calls share
+    working memory: one thread, and one CUDA stream, at a time.
 
     Args:
         bounds: Lower and upper corner of the scene, (3,) each [scene units]. Ask and train inside only.
@@ -174,6 +196,7 @@ class RadianceCache:
         self.max_queries = self.max_records = 0
         self._query_invalid = wp.zeros(0, dtype=int, device=device)
         self._record_invalid = wp.zeros(0, dtype=int, device=device)
+        self._slices: dict[int, tuple[wp.array, wp.array]] = {}
         self.reserve(max_queries, max_records)
         self._n_valid = wp.zeros(1, dtype=int, device=device)
         self._round = wp.zeros(1, dtype=int, device=device)
@@ -187,18 +210,23 @@ class RadianceCache:
         self._batches = [
             (x[i * b : (i + 1) * b], y[i * b : (i + 1) * b], counts[i], self.loss[i : i + 1]) for i in range(n)
         ]
-        self._full_counts: dict[int, wp.array] = {}
         self.reset()
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels to compile before the first call, by the name to announce."""
-        return {"radiance cache": kc.shuffle_records, **self.field.kernels(), **self.trainer.kernels()}
+        own = {"radiance cache": kc.shuffle_records, "scan": ks.scan_chunks}
+        return own | self.field.kernels() | self.trainer.kernels()
+
+    def prepare(self) -> float:
+        """Compile what queries and training need; seconds it took. Otherwise the first calls do, and say so."""
+        return prepare(self.kernels(), self.device)
 
     def reserve(self, max_queries: int, max_records: int) -> None:
         """Make room for at least so many queries and training records; nothing that was learned or counted changes."""
         device = self.device
         if max_queries > self.max_queries:
             self.max_queries = max_queries
+            self._slices.clear()
             self._query_x = wp.zeros((max_queries, int(kc.N_INPUTS)), dtype=float, device=device)
             self._query_y = wp.zeros((max_queries, 3), dtype=float, device=device)
             self._radiance = wp.zeros((max_queries, 3), dtype=float, device=device)
@@ -206,27 +234,53 @@ class RadianceCache:
             self._query_invalid = _grown(self._query_invalid, max_queries)
         if max_records > self.max_records:
             self.max_records = max_records
+            self._scan = ExclusiveScan(max_records, device)
             self._flag = wp.zeros(max_records, dtype=int, device=device)
             self._place = wp.zeros(max_records, dtype=int, device=device)
             self._record_invalid = _grown(self._record_invalid, max_records)
 
-    def query(self, records: Records, count: wp.array | None = None) -> wp.array:
+    def query(self, records: Records, count: Any = None, *, out: Any = None) -> wp.array:
         """Radiance [W m^-2 sr^-1] that leaves each record's point along wo, from the averaged (EMA) weights.
 
         Args:
             records: At most `max_queries`.
-            count: (1,) int on the device: how many of them to answer; None for all.
+            count: How many of them to answer, an array of one int32 on the device; all by default.
+            out: (records or more, 3) float32 of any library to write to, on the device.
 
         Returns:
-            (max_queries, 3) float, valid until the next call of this method; rows from `count` on keep older values.
+            `out` as a Warp array; without it (max_queries, 3) float, valid until the next call of this method. Rows
+            from `count` on keep what they held.
+
+        Raises:
+            ValueError: Too many records, or arrays of another shape, type or device.
         """
-        return self._query(records, count, self.trainer.ema_params, self._radiance)
+        return self._query(records, count, self.trainer.ema_params, self._radiance, out)
 
-    def query_primary(self, records: Records, count: wp.array | None = None) -> wp.array:
+    def query_primary(self, records: Records, count: Any = None, *, out: Any = None) -> wp.array:
         """As `query`, from the weights being trained: the tails of self-training suffixes."""
-        return self._query(records, count, self.field.params, self._primary_radiance)
+        return self._query(records, count, self.field.params, self._primary_radiance, out)
 
-    def train(self, records: Records, targets: wp.array, count: wp.array | None = None) -> None:
+    def device_view(self, *, average: bool = True) -> kq.CacheView:
+        """The cache for the function that `make_query` returns, to pass to a kernel of one's own.
+
+        With the averaged weights, which this call brings up to date on the device: call it again after each `train`.
+        Otherwise with those being trained, for the tails of self-training suffixes.
+        """
+        view: Any = kq.CacheView()
+        view.box_lower, view.inverse_extent, view.scale = self._box_lower, self._inverse_extent, self._scale
+        view.params = self.trainer.ema_params if average else self.field.params
+        return view
+
+    def train_paths(self, paths: TrainingPaths) -> None:
+        """Learn from a frame's training paths: ask for their tails, gather their targets, `train`.
+
+        Needs room for `paths.n_paths` queries and for `paths.n_paths * paths.max_records` records.
+        """
+        paths.compact_tails()
+        paths.gather_targets(self.query_primary(paths.tails, paths.n_tails))
+        self.train(paths.records, paths.targets, paths.n_records)
+
+    def train(self, records: Records, targets: Any, count: Any = None) -> None:
         """Learn from one frame: shuffle the records into batches and take one optimizer step on each.
 
         Records whose inputs or targets are not finite, or whose targets are negative, are dropped and counted. With no
@@ -234,16 +288,20 @@ class RadianceCache:
 
         Args:
             records: At most `max_records`.
-            targets: (capacity,) vec3 noisy estimates of the scattered radiance [W m^-2 sr^-1].
-            count: (1,) int on the device: how many of them there are; None for all.
+            targets: (records or more, 3) rows or vec3 of any library: noisy estimates of the scattered radiance
+                [W m^-2 sr^-1]. Read in place where they are float32 on the device, else copied.
+            count: How many of them there are, an array of one int32 on the device; all by default.
+
+        Raises:
+            ValueError: Too many records, or arrays of another shape, type or device.
         """
         config = self.config
         n = records.capacity
-        if n > self.max_records:
-            raise ValueError(f"{n} training records, but the cache was made for {self.max_records} (max_records)")
+        self._check_records(records, self.max_records, "training records", "max_records")
+        targets = as_vectors("targets", targets, self.device)
         if targets.shape[0] < n:
             raise ValueError(f"{n} training records but {targets.shape[0]} targets")
-        count = self._checked_count(count, n)
+        count = as_count(count, self.device)
         launch(
             kc.flag_valid_records,
             n,
@@ -251,11 +309,11 @@ class RadianceCache:
             outputs=[self._flag, self._record_invalid],
             device=self.device,
         )
-        wp.utils.array_scan(self._flag[:n], self._place[:n], inclusive=False)
+        self._scan(n, self._flag, self._place)
         launch(
             kc.begin_training_round,
             1,
-            inputs=[config.n_batches, self.batch_size, records.view, targets, self._flag, self._place, count],
+            inputs=[config.n_batches, self.batch_size, n, records.view, targets, self._flag, self._place, count],
             outputs=[self._scale, self._round, self._n_valid, self._counts],
             device=self.device,
         )
@@ -282,6 +340,20 @@ class RadianceCache:
         )
         for x, y, batch_count, loss in self._batches:
             wp.copy(loss, self.trainer.step(x, y, count=batch_count))
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Device memory held, by what it is for.
+
+        Keys: parameters (those being trained and their average), optimizer (moments, counters, gradients), network (of
+        one batch and of queries), records (inputs and answers, by `max_queries` and `max_records`), total.
+        """
+        parameters = 2 * 4 * self.field.n_params
+        optimizer = owned_bytes(self.trainer.optimizer, skip=(self.field,)) - parameters
+        network = owned_bytes(self.field.passes)
+        everything = owned_bytes(self)
+        parts = {"parameters": parameters, "optimizer": optimizer, "network": network}
+        return parts | {"records": everything - sum(parts.values()), "total": everything}
 
     def reset(self) -> None:
         """Forget everything: weights, moments, averages, the estimated radiance scale and all counters."""
@@ -370,35 +442,39 @@ class RadianceCache:
         trainer = {f"trainer.{name}": array for name, array in self.trainer.optimizer.state_arrays().items()}
         return {"scale": self._scale, "round": self._round, **trainer}
 
-    def _query(self, records: Records, count: wp.array | None, params: wp.array, out: wp.array) -> wp.array:
+    def _query(self, records: Records, count: Any, params: wp.array, answers: wp.array, out: Any) -> wp.array:
         n = records.capacity
-        if n > self.max_queries:
-            raise ValueError(f"{n} queries, but the cache was made for {self.max_queries} (max_queries)")
-        count = self._checked_count(count, n)
+        self._check_records(records, self.max_queries, "queries", "max_queries")
+        count = as_count(count, self.device)
+        if out is not None:
+            answers = as_written_rows("out", out, 3, self.device, n)
+        if n == 0:
+            return answers
+        if n not in self._slices:
+            self._slices[n] = self._query_x[:n], self._query_y[:n]
+        x, y = self._slices[n]
         launch(
             kc.encode_records,
             n,
             inputs=[self._box_lower, self._inverse_extent, records.view, count],
-            outputs=[self._query_x],
+            outputs=[x],
             device=self.device,
         )
-        self.field.inference(self._query_x, self._query_y, params=params, count=count)
+        self.field.inference(x, y, params=params, count=count)
         launch(
             kc.decode_radiance,
             n,
-            inputs=[records.view, count, self._query_y, self._scale],
-            outputs=[out, self._query_invalid],
+            inputs=[records.view, count, y, self._scale],
+            outputs=[answers, self._query_invalid],
             device=self.device,
         )
-        return out
+        return answers
 
-    def _checked_count(self, count: wp.array | None, n: int) -> wp.array:
-        given = as_count(count, self.device)
-        if given is not None:
-            return given
-        if n not in self._full_counts:
-            self._full_counts[n] = wp.array([n], dtype=int, device=self.device)
-        return self._full_counts[n]
+    def _check_records(self, records: Records, room: int, what: str, name: str) -> None:
+        if records.capacity > room:
+            raise ValueError(f"{records.capacity} {what}, but the cache was made for {room} ({name})")
+        if records.device != self.device:
+            raise ValueError(f"the {what} lie on {records.device}, the cache on {self.device}")
 
 
 def _grown(counters: wp.array, n: int) -> wp.array:

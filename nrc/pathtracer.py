@@ -12,7 +12,8 @@ from nrc.device_scene import DeviceScene
 from nrc.kernels import records as kr
 from nrc.kernels import trace as kt
 from nrc.launch import heavy_range, launch
-from nrc.records import Records
+from nrc.records import Records, TrainingPaths, compact, place_tiles, tile_size
+from nrc.scan import ExclusiveScan
 from nrc.scene import Camera
 from nrc.sobol import bit_reversed, sobol_points
 
@@ -121,26 +122,13 @@ class PathTracer:
         self.queries = Records(n_queries, device)
         self.n_queries = wp.zeros(1, dtype=int, device=device)
 
-        slots = self.max_training_paths
-        n_staged = slots * config.max_records
-        self._staged = kt.TrainingView()
-        self._staged_records = Records(n_staged, device)
-        self._staged.records = self._staged_records.view
-        self._staged.offset = wp.zeros(n_staged, dtype=wp.vec3, device=device)
-        self._staged.factor = wp.zeros(n_staged, dtype=wp.vec3, device=device)
-        self._staged.count = wp.zeros(slots, dtype=int, device=device)
-        self._staged.has_tail = wp.zeros(slots, dtype=int, device=device)
-        self._staged_tails = Records(slots, device)
-        self._staged.tail = self._staged_tails.view
-        self._record_place = wp.zeros(slots, dtype=int, device=device)
-        self._tail_place = wp.zeros(slots, dtype=int, device=device)
-        self.tails = Records(slots, device)
-        self.n_tails = wp.zeros(1, dtype=int, device=device)
-        self.records = Records(n_staged, device)
-        self.targets = wp.zeros(n_staged, dtype=wp.vec3, device=device)
-        self.vertex_index = wp.zeros(n_staged, dtype=int, device=device)
-        self.record_slot = wp.zeros(n_staged, dtype=int, device=device)
-        self.n_records = wp.zeros(1, dtype=int, device=device)
+        self._scan = ExclusiveScan(n_queries, device)
+
+        paths = TrainingPaths(self.max_training_paths, config.max_records, device)
+        self._paths = paths
+        self.tails, self.n_tails = paths.tails, paths.n_tails
+        self.records, self.targets, self.n_records = paths.records, paths.targets, paths.n_records
+        self.vertex_index, self.record_slot = paths.vertex_index, paths.record_slot
         self.n_training_paths = 0
         self.tile = (width, height)
         self._tile_limit = 0
@@ -154,7 +142,6 @@ class PathTracer:
         self._params.max_depth = UNLIMITED_DEPTH if config.max_depth < 0 else config.max_depth
         self._params.rr_depth = config.rr_depth
         self._params.spread_threshold = config.spread_threshold
-        self._params.max_records = config.max_records
         self._params.continuation = config.continuation
         self._params.unbiased_fraction = config.unbiased_fraction
         self._params.box_lower = wp.vec3(*(lower - margin))
@@ -184,18 +171,7 @@ class PathTracer:
         limit = max(1, min(n_training_paths, self.max_training_paths))
         if limit == self._tile_limit:
             return self.tile
-        candidates = []
-        for tile_height in range(1, self.height + 1):
-            rows = -(-self.height // tile_height)
-            columns = limit // rows
-            if columns >= 1:
-                tile_width = -(-self.width // columns)
-                n_tiles = rows * -(-self.width // tile_width)
-                aspect = max(tile_width, tile_height) / min(tile_width, tile_height)
-                candidates.append((aspect, -n_tiles, tile_width, tile_height))
-        # Nearly square tiles, and of those the ones that use the budget best.
-        square = [c for c in candidates if c[0] <= 2.0] or [min(candidates)]
-        return min(square, key=lambda c: (c[1], c[0]))[2:]
+        return tile_size(self.width, self.height, limit)
 
     def trace(
         self, frame: int, *, n_training_paths: int = 0, integrator: Integrator | None = None, split: int = 0
@@ -220,19 +196,17 @@ class PathTracer:
         params.frame = frame
         params.sobol_index = int(f"{frame % 2**SOBOL_BITS:0{SOBOL_BITS}b}"[::-1], 2)
         params.sobol_round = frame // 2**SOBOL_BITS
-        params.train = int(n_training_paths > 0 and self.config.integrator != "path")
-        n_slots = 0
-        if params.train:
+        tiles = params.tiles
+        tiles.width = n_slots = 0
+        if n_training_paths > 0 and self.config.integrator != "path":
             self.tile = self.tile_size(n_training_paths)
             self._tile_limit = max(1, min(n_training_paths, self.max_training_paths))
-            params.tile_width, params.tile_height = self.tile
-            params.tiles_x = -(-self.width // params.tile_width)
-            n_slots = params.tiles_x * -(-self.height // params.tile_height)
-            offset = np.random.default_rng((self.config.seed, frame)).integers(0, self.tile)
-            params.tile_offset_x, params.tile_offset_y = int(offset[0]), int(offset[1])
+            tiles.width, tiles.height = self.tile
+            tiles.columns = -(-self.width // tiles.width)
+            n_slots = tiles.columns * -(-self.height // tiles.height)
+            place_tiles(tiles, frame, self.config.seed)
         if self.config.integrator != "path":
-            self._staged.count.zero_()
-            self._staged.has_tail.zero_()
+            self._paths.clear()
         launch(
             kt.trace_paths,
             self.n_pixels,
@@ -243,7 +217,7 @@ class PathTracer:
                 self.query_weight,
                 self.query_vertex,
                 self.query_spread,
-                self._staged,
+                self._paths.view,
             ],
             device=self.device,
             range_size=heavy_range(self.n_pixels),
@@ -253,36 +227,14 @@ class PathTracer:
         launch(
             kr.mark_queries, self.n_pixels, inputs=[self.query_vertex], outputs=[self._query_flag], device=self.device
         )
-        self._compact(self._pixel_queries, self._query_flag, self.query_place, self.queries, self.n_queries)
+        compact(self._pixel_queries, self._query_flag, self.query_place, self._scan, self.queries, self.n_queries)
         self.n_training_paths = n_slots
         if n_slots:
-            self._compact(self._staged_tails, self._staged.has_tail, self._tail_place, self.tails, self.n_tails)
+            self._paths.compact_tails()
 
     def gather_targets(self, tail_radiance: wp.array) -> None:
         """Complete the frame's training records; `tail_radiance` is (tails, 3), the cache's answer for `tails`."""
-        n_slots = self.n_training_paths
-        if n_slots == 0:
+        if self.n_training_paths == 0:
             self.n_records.zero_()
-            return
-        self._scan(self._staged.count, self._record_place, self.n_records)
-        launch(
-            kr.gather_targets,
-            n_slots,
-            inputs=[self.config.max_records, self._staged, self._record_place, self._tail_place, tail_radiance],
-            outputs=[self.records.view, self.targets, self.vertex_index, self.record_slot],
-            device=self.device,
-        )
-
-    def _scan(self, counts: wp.array, places: wp.array, total: wp.array) -> None:
-        wp.utils.array_scan(counts, places, inclusive=False)
-        launch(kr.store_total, 1, inputs=[places, counts, counts.shape[0]], outputs=[total], device=self.device)
-
-    def _compact(self, source: Records, flags: wp.array, places: wp.array, target: Records, total: wp.array) -> None:
-        self._scan(flags, places, total)
-        launch(
-            kr.compact_records,
-            source.capacity,
-            inputs=[source.view, places, flags],
-            outputs=[target.view],
-            device=self.device,
-        )
+        else:
+            self._paths.gather_targets(tail_radiance, self.n_training_paths)

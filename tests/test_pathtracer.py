@@ -360,16 +360,16 @@ def test_targets_match_twin():
     last = np.arange(n_slots) * n_records + np.maximum(count - 1, 0)
     factor[last] *= has_tail[:, None]
     position = rng.random((n_slots * n_records, 3)).astype(np.float32)
-    staged = tracer._staged
+    staged = tracer._paths.view
     for array, values in (
         (staged.count, count),
         (staged.has_tail, has_tail),
         (staged.offset, offset),
         (staged.factor, factor),
-        (tracer._staged_records.position, position),
+        (tracer._paths.staged_records.position, position),
     ):
         array.assign(values)
-    tracer._compact(tracer._staged_tails, staged.has_tail, tracer._tail_place, tracer.tails, tracer.n_tails)
+    tracer._paths.compact_tails()
     assert int(tracer.n_tails.numpy()[0]) == has_tail.sum()
     tails = rng.random((n_slots, 3)).astype(np.float32)
     tails[has_tail.sum() :] = np.nan  # must not be read
@@ -470,7 +470,7 @@ def test_training_paths_end_as_often_as_configured(continuation):
     without = []
     for frame in range(16):
         tracer.trace(frame, n_training_paths=1024)
-        without.append(tracer._staged.has_tail.numpy() == 0)
+        without.append(tracer._paths.view.has_tail.numpy() == 0)
     expected = fraction + (1.0 - fraction) * continuation**5
     assert abs(np.mean(without) - expected) < ERRORS * math.sqrt(expected * (1.0 - expected) / np.size(without))
     assert np.max(np.mean(without, axis=0)) < 0.8  # 16 frames: no slot is chosen always
@@ -497,7 +497,7 @@ def test_every_tile_trains_one_path():
         tracer.trace(frame, n_training_paths=48)
         assert tracer.n_training_paths == 48 and tracer.tile[0] * tracer.tile[1] == 16
         assert len(np.unique(records_of(tracer)["slot"])) == 48
-        offsets.add((tracer._params.tile_offset_x, tracer._params.tile_offset_y))
+        offsets.add((tracer._params.tiles.offset_x, tracer._params.tiles.offset_y))
     assert len(offsets) > 3
 
 

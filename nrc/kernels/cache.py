@@ -7,15 +7,25 @@ albedo (3). Angles of the same kind lie side by side because azimuths wrap aroun
 
 import warp as wp
 
+from nrc.kernels.encoding import n_valid_rows
+from nrc.kernels.records import RecordView
 from nrc.kernels.rng import mix64
 from nrc.kernels.sampling import PI, is_finite3
-from nrc.kernels.trace import RecordView
 
 wp.set_module_options({"enable_backward": False})
 
 N_INPUTS = wp.constant(14)
+RecordInput = wp.types.vector(length=14, dtype=float)
 SCALE_RECORDS = wp.constant(4096)  # of the first round with light; their mean becomes the unit of radiance
 MIN_ALBEDO = wp.constant(1.0e-4)  # a channel that reflects less is taken as black by query and training alike
+
+
+@wp.func
+def is_counted(i: int, count: wp.array[int]) -> bool:
+    """Whether record `i` is one of those that the count on the device says; all are without one."""
+    if count.shape[0] > 0:
+        return i < count[0]
+    return True
 
 
 @wp.func
@@ -32,26 +42,48 @@ def polar(d: wp.vec3) -> float:
 
 
 @wp.func
+def record_input(
+    box_lower: wp.vec3,
+    inverse_extent: float,
+    position: wp.vec3,
+    wo: wp.vec3,
+    normal: wp.vec3,
+    roughness: float,
+    diffuse: wp.vec3,
+    specular: wp.vec3,
+) -> RecordInput:
+    """Network input of a surface point; `wo` and `normal` must be unit vectors, or their polar angles are wrong."""
+    x = RecordInput()
+    p = (position - box_lower) * inverse_extent
+    x[3] = azimuth(wo)
+    x[4] = azimuth(normal)
+    x[5] = polar(wo)
+    x[6] = polar(normal)
+    x[7] = 1.0 - wp.exp(-roughness)
+    for c in range(3):
+        x[c] = p[c]
+        x[8 + c] = diffuse[c]
+        x[11 + c] = specular[c]
+    return x
+
+
+@wp.func
 def encode_record(
     records: RecordView, i: int, box_lower: wp.vec3, inverse_extent: float, x: wp.array2d[float], row: int
 ):
     """Write record `i` as network input `row`."""
-    p = (records.position[i] - box_lower) * inverse_extent
-    wo = records.wo[i]
-    n = records.normal[i]
-    x[row, 0] = p[0]
-    x[row, 1] = p[1]
-    x[row, 2] = p[2]
-    x[row, 3] = azimuth(wo)
-    x[row, 4] = azimuth(n)
-    x[row, 5] = polar(wo)
-    x[row, 6] = polar(n)
-    x[row, 7] = 1.0 - wp.exp(-records.roughness[i])
-    diffuse = records.diffuse[i]
-    specular = records.specular[i]
-    for c in range(3):
-        x[row, 8 + c] = diffuse[c]
-        x[row, 11 + c] = specular[c]
+    values = record_input(
+        box_lower,
+        inverse_extent,
+        records.position[i],
+        records.wo[i],
+        records.normal[i],
+        records.roughness[i],
+        records.diffuse[i],
+        records.specular[i],
+    )
+    for k in range(N_INPUTS):
+        x[row, k] = values[k]
 
 
 @wp.func
@@ -117,13 +149,13 @@ def encode_records(
     inverse_extent: float,
     # In
     records: RecordView,
-    count: wp.array[int],  # (1,)
+    count: wp.array[int],  # (1,) or empty
     # Out
     out_x: wp.array2d[float],  # (capacity, N_INPUTS)
 ):
     """Network inputs of the first `count` records. One thread per record."""
     i = first + wp.tid()
-    if i < count[0]:
+    if is_counted(i, count):
         encode_record(records, i, box_lower, inverse_extent, out_x, i)
 
 
@@ -132,7 +164,7 @@ def decode_radiance(
     first: int,
     # In
     records: RecordView,
-    count: wp.array[int],  # (1,)
+    count: wp.array[int],  # (1,) or empty
     y: wp.array2d[float],  # (capacity, 3) network outputs
     scale: wp.array[float],  # (1,) radiance of an output of 1 at reflectance 1
     # Out
@@ -141,7 +173,7 @@ def decode_radiance(
 ):
     """Scattered radiance of the first `count` records. One thread per record."""
     i = first + wp.tid()
-    if i < count[0]:
+    if is_counted(i, count):
         value = wp.vec3(y[i, 0], y[i, 1], y[i, 2])
         if not is_finite3(value):
             out_invalid[i] = out_invalid[i] + 1
@@ -158,7 +190,7 @@ def flag_valid_records(
     # In
     records: RecordView,
     targets: wp.array[wp.vec3],
-    count: wp.array[int],  # (1,)
+    count: wp.array[int],  # (1,) or empty
     # Out
     out_flag: wp.array[int],  # (capacity,)
     out_invalid: wp.array[int],  # (capacity,) times a record in this place was dropped
@@ -166,7 +198,7 @@ def flag_valid_records(
     """1 for records that may be trained on: finite inputs, finite target >= 0. One thread per record."""
     i = first + wp.tid()
     flag = int(0)
-    if i < count[0]:
+    if is_counted(i, count):
         target = targets[i]
         finite = is_finite3(target) and is_finite3(records.position[i]) and is_finite3(reflectance(records, i))
         finite = finite and is_finite3(records.wo[i]) and is_finite3(records.normal[i])
@@ -185,11 +217,12 @@ def begin_training_round(
     n_batches: int,
     batch_size: int,
     # In
+    n_records: int,
     records: RecordView,
     targets: wp.array[wp.vec3],
     flags: wp.array[int],
     places: wp.array[int],  # exclusive scan of flags
-    count: wp.array[int],  # (1,) records before the flags
+    count: wp.array[int],  # (1,) records before the flags, or empty
     # In/out
     scale: wp.array[float],  # (1,) 0 until estimated
     round_index: wp.array[int],  # (1,) non-empty rounds so far
@@ -199,7 +232,7 @@ def begin_training_round(
 ):
     """Size the batches, and estimate the radiance scale from the first records with light. One thread."""
     n_valid = int(0)
-    n = count[0]
+    n = n_valid_rows(n_records, count)
     if n > 0:
         n_valid = places[n - 1] + flags[n - 1]
     i = first + wp.tid()
@@ -235,7 +268,7 @@ def shuffle_records(
     targets: wp.array[wp.vec3],
     flags: wp.array[int],
     places: wp.array[int],
-    count: wp.array[int],  # (1,)
+    count: wp.array[int],  # (1,) or empty
     n_valid: wp.array[int],  # (1,)
     round_index: wp.array[int],  # (1,)
     scale: wp.array[float],  # (1,)
@@ -245,7 +278,7 @@ def shuffle_records(
 ):
     """Deal the valid records to the batches in random order; what does not fit is dropped. One thread per record."""
     i = first + wp.tid()
-    if i < count[0]:
+    if is_counted(i, count):
         if flags[i] != 0:
             key = mix64((wp.uint64(wp.uint32(seed)) << wp.uint64(32)) + wp.uint64(wp.uint32(round_index[0])))
             dealt = permute(places[i], n_valid[0], key)

@@ -2,11 +2,8 @@
 
 One path per pixel and frame, with next-event estimation, multiple importance sampling (balance heuristic) and Russian
 roulette. A path that ends in the cache leaves a query record. Training paths go on behind it and leave a record for
-every vertex, with the coefficients (A, B) of the target's recursion T_i = A_i + B_i T_{i+1}, to be gathered backwards
-once the value at the end of the suffix is known (Müller et al. 2021, section 3).
-
-Whatever happens at a vertex that gets no record of its own (a delta bounce, or one beyond the record capacity) is
-folded into the record before it: that record's A collects the radiance, its B the throughput, until the next opens.
+every vertex, with the coefficients (A, B) of the target's recursion (`records.py`), to be gathered backwards once the
+value at the end of the suffix is known (Müller et al. 2021, section 3).
 """
 
 import warp as wp
@@ -26,8 +23,17 @@ from nrc.kernels.light import (
     light_pdf_triangle,
     light_sample,
 )
+from nrc.kernels.paths import (
+    TrainingTiles,
+    has_spread,
+    inside_box,
+    primary_footprint,
+    spread_increment,
+    training_slot,
+)
+from nrc.kernels.records import RecordView, TrainingView, close_path, open_record, store_record
 from nrc.kernels.rng import rng_float, rng_init, rng_next, rng_vec2, sobol_key, sobol_vec2
-from nrc.kernels.sampling import PI, max_component, to_local, to_world
+from nrc.kernels.sampling import max_component, to_local, to_world
 from nrc.kernels.scene import (
     MAX_ALPHA_LAYERS,
     SHADOW_EPSILON,
@@ -55,7 +61,6 @@ GROUP_FIRST_VERTEX = wp.constant(2)
 GROUPS_PER_VERTEX = wp.constant(3)
 SOBOL_VERTICES = wp.constant(2)
 
-MIN_COS = wp.constant(1.0e-3)  # bounds a vertex' footprint at grazing incidence
 INFINITE = wp.constant(1.0e30)
 
 
@@ -75,86 +80,17 @@ class TraceParams:
     spread_threshold: float  # c of Eq. 4, Müller et al. 2021
     box_lower: wp.vec3  # where the cache is defined
     box_upper: wp.vec3
-    train: int
-    tile_width: int  # [px], one training path per tile
-    tile_height: int
-    tiles_x: int
-    tile_offset_x: int  # [px], which pixel of each tile trains in this frame
-    tile_offset_y: int
-    max_records: int  # per training path
+    tiles: TrainingTiles
     continuation: float  # probability that a training suffix goes on where it could end in the cache
     unbiased_fraction: float  # of training paths that end by Russian roulette alone
-
-
-@wp.struct
-class RecordView:
-    """Cache inputs at surface points, structure of arrays."""
-
-    position: wp.array[wp.vec3]
-    wo: wp.array[wp.vec3]  # towards the previous vertex
-    normal: wp.array[wp.vec3]  # shading normal on wo's side
-    roughness: wp.array[float]  # perceptual
-    diffuse: wp.array[wp.vec3]  # diffuse albedo
-    specular: wp.array[wp.vec3]  # specular albedo
-
-
-@wp.struct
-class TrainingView:
-    """What training paths leave behind: `max_records` places per path (slot), and one tail."""
-
-    records: RecordView
-    offset: wp.array[wp.vec3]  # A of T_i = A_i + B_i T_{i+1}
-    factor: wp.array[wp.vec3]  # B
-    count: wp.array[int]  # records of each slot
-    tail: RecordView  # vertex at the end of the suffix, one per slot
-    has_tail: wp.array[int]
 
 
 @wp.func
 def write_record(view: RecordView, i: int, surface: wp.ref[Surface], wo: wp.vec3, wo_local: wp.vec3):
     """Describe the surface point to the cache; `wo_local` is in the (turned) shading frame."""
-    view.position[i] = surface.p
-    view.wo[i] = wo
-    view.normal[i] = wp.where(wp.dot(surface.frame.n, wo) < 0.0, -surface.frame.n, surface.frame.n)
-    view.roughness[i] = bsdf_roughness(surface.bsdf)
     albedo = bsdf_albedo(surface.bsdf, wo_local)
-    view.diffuse[i] = albedo.diffuse
-    view.specular[i] = albedo.specular
-
-
-@wp.func
-def spread_increment(distance: float, pdf: float, cos_arrival: float) -> float:
-    """Square root of one vertex' footprint area [length] (Eq. 3, Müller et al. 2021)."""
-    return distance / wp.sqrt(wp.max(pdf * wp.max(cos_arrival, MIN_COS), 1.0e-20))
-
-
-@wp.func
-def primary_footprint(distance: float, cos_arrival: float) -> float:
-    """Area a_0 that the first vertex covers as seen from the camera (Eq. 4, Müller et al. 2021)."""
-    return distance * distance / (4.0 * PI * wp.max(cos_arrival, MIN_COS))
-
-
-@wp.func
-def inside_box(p: wp.vec3, lower: wp.vec3, upper: wp.vec3) -> bool:
-    """Whether the cache is defined at `p`."""
-    return (
-        p[0] >= lower[0]
-        and p[1] >= lower[1]
-        and p[2] >= lower[2]
-        and p[0] <= upper[0]
-        and p[1] <= upper[1]
-        and p[2] <= upper[2]
-    )
-
-
-@wp.func
-def training_slot(params: TraceParams, x: int, y: int) -> int:
-    """Slot of the training path through pixel (x, y), -1 for the others."""
-    if params.train == 0:
-        return -1
-    if x % params.tile_width != params.tile_offset_x or y % params.tile_height != params.tile_offset_y:
-        return -1
-    return (y // params.tile_height) * params.tiles_x + x // params.tile_width
+    roughness = bsdf_roughness(surface.bsdf)
+    store_record(view, i, surface.p, wo, surface.frame.n, roughness, albedo.diffuse, albedo.specular)
 
 
 @wp.kernel
@@ -202,7 +138,7 @@ def trace_paths(
     integrator = params.integrator
     if x < params.split:
         integrator = INTEGRATOR_PATH
-    slot = training_slot(params, x, y)
+    slot = training_slot(params.tiles, x, y)
     unbiased = int(0)
     n_records = int(0)
     A = wp.vec3(0.0, 0.0, 0.0)
@@ -270,7 +206,7 @@ def trace_paths(
         smooth = bsdf_has_smooth_lobe(surface.bsdf)
         cacheable = smooth and inside_box(surface.p, params.box_lower, params.box_upper)
         if integrator != INTEGRATOR_PATH and cacheable:
-            wide = spread * spread > params.spread_threshold * footprint
+            wide = has_spread(spread, footprint, params.spread_threshold)
             if suffix == 0:
                 if (wide and vertex > 0) or integrator == INTEGRATOR_CACHE:
                     write_record(out_query, i, surface, wo, wo_local)
@@ -301,11 +237,8 @@ def trace_paths(
             beta = beta / q
             B = B / q
 
-        if slot >= 0 and cacheable and n_records < params.max_records:
-            place = slot * params.max_records + n_records
-            if n_records > 0:
-                out_training.offset[place - 1] = A
-                out_training.factor[place - 1] = B
+        if slot >= 0 and cacheable and n_records < out_training.max_records:
+            place = open_record(out_training, slot, n_records, A, B)
             write_record(out_training.records, place, surface, wo, wo_local)
             n_records += 1
             A = wp.vec3(0.0, 0.0, 0.0)
@@ -364,10 +297,4 @@ def trace_paths(
     out_radiance[i] = L
     if params.integrator != INTEGRATOR_PATH:
         out_query_vertex[i] = query_vertex
-        if slot >= 0:
-            if n_records > 0:
-                place = slot * params.max_records + n_records - 1
-                out_training.offset[place] = A
-                out_training.factor[place] = B * float(tail)
-            out_training.count[slot] = n_records
-            out_training.has_tail[slot] = tail * wp.min(n_records, 1)
+        close_path(out_training, slot, n_records, A, B, tail)
