@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +35,7 @@ REST_AFTER = 0.7  # seconds without a change, after which pictures may take long
 REST_FPS = 4.0
 SLEEP_SECONDS = 0.003  # between two looks at the events
 FIRST_ROUNDS = 3  # ImGui settles the size of its windows in the first frames
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # of mallopt, malloc.h
 HISTORY = 400  # frames that plots show
 
 log = logging.getLogger("nrc.viewer")
@@ -91,6 +95,7 @@ class Viewer:
         panels: bool = True,
         **open_options: Any,
     ) -> None:
+        return_freed_memory()
         self.window, self.worker = window, Worker()
         self.fps, self.size, self.show_panels = fps or FPS_CPU, size, panels
         self.show_help = False
@@ -467,6 +472,15 @@ class Viewer:
         left, top, right, bottom = self.picture_box
         u, v = (x - left) / max(right - left, 1.0), (y - top) / max(bottom - top, 1.0)
         return (u, v) if 0.0 <= u < 1.0 and 0.0 <= v < 1.0 else None
+
+
+def return_freed_memory() -> None:
+    """Let glibc map every array of a megabyte or more for itself, so that its memory goes back when it is freed.
+
+    By default the threshold grows to 32 MiB with what is freed, and sessions that come and go leave holes in the heap.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def _for_any(options: dict[str, Any]) -> dict[str, Any]:
