@@ -310,7 +310,7 @@ class Renderer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for the pictures; its reference.exr is used where there is one")
+    parser.add_argument("folder", type=Path, help="for the pictures; a reference_WxH.exr in it is used")
     parser.add_argument("--size", type=int, nargs=2, default=(144, 96), metavar=("W", "H"))
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--reference-seconds", type=float, default=12.0)
@@ -319,9 +319,10 @@ def main() -> None:
     wp.config.log_level = wp.LOG_WARNING
     folder, size, device = arguments.folder, arguments.size, arguments.device
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "reference.exr").exists():
-        write_image(folder / "reference.exr", Renderer(*size, device, 1 << 20).render(arguments.reference_seconds))
-    reference = read_linear(folder / "reference.exr")
+    file = folder / f"reference_{size[0]}x{size[1]}.exr"
+    if not file.exists():
+        write_image(file, Renderer(*size, device, 1 << 20).render(arguments.reference_seconds))
+    reference = read_linear(file)
     renderers = {"without": Renderer(*size, device)}
     renderers["with_cache"] = Renderer(*size, device, with_cache=True)  # nrc
     for name, renderer in renderers.items():

@@ -136,6 +136,8 @@ def as_count(count: Any, device: wp.Device) -> wp.array | None:
     """The caller's own array of one int32 on `device`, or None. Raises ValueError for anything else."""
     if count is None:
         return None
+    if isinstance(count, int):
+        raise ValueError(f"count must be an array of one int32 on {device}, got the number {count}")
     view = _view("count", count)
     if view.shape != (1,) or view.dtype != wp.int32 or view.device != device:
         raise ValueError(f"count must be an array of one int32 on {device}, got {describe(view)}")

@@ -296,8 +296,8 @@ class RadianceCache:
             ValueError: Too many records, or arrays of another shape, type or device.
         """
         config = self.config
-        n = records.capacity
         self._check_records(records, self.max_records, "training records", "max_records")
+        n = records.capacity
         targets = as_vectors("targets", targets, self.device)
         if targets.shape[0] < n:
             raise ValueError(f"{n} training records but {targets.shape[0]} targets")
@@ -443,8 +443,8 @@ class RadianceCache:
         return {"scale": self._scale, "round": self._round, **trainer}
 
     def _query(self, records: Records, count: Any, params: wp.array, answers: wp.array, out: Any) -> wp.array:
-        n = records.capacity
         self._check_records(records, self.max_queries, "queries", "max_queries")
+        n = records.capacity
         count = as_count(count, self.device)
         if out is not None:
             answers = as_written_rows("out", out, 3, self.device, n)
@@ -471,6 +471,8 @@ class RadianceCache:
         return answers
 
     def _check_records(self, records: Records, room: int, what: str, name: str) -> None:
+        if not isinstance(records, Records):
+            raise ValueError(f"the {what} must be Records (not their view), got {type(records).__name__}")
         if records.capacity > room:
             raise ValueError(f"{records.capacity} {what}, but the cache was made for {room} ({name})")
         if records.device != self.device:

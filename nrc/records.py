@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from nrc.arrays import in_place, read_in_place
+from nrc.arrays import describe, in_place, read_in_place
 from nrc.kernels import records as kr
 from nrc.kernels.paths import TrainingTiles
 from nrc.kernels.records import RecordView
@@ -89,7 +89,9 @@ class Records:
         first = read_in_place("position", position)
         arrays = {"position": position, "wo": wo, "normal": normal, "roughness": roughness}
         arrays |= {"diffuse": diffuse, "specular": specular}
-        n = first.shape[0] if first.ndim else 0
+        if first.ndim != 2 or first.shape[1] != 3:
+            raise ValueError(f"position: expected (rows, 3) float32 or (rows,) vec3, got {describe(first)}")
+        n = first.shape[0]
         return cls(n, first.device if device is None else device, **arrays)
 
     def check(self, count: int | None = None, bounds: tuple[np.ndarray, np.ndarray] | None = None) -> list[str]:

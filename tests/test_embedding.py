@@ -613,7 +613,7 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["custom_renderer.py", str(tmp_path), *sizes])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "reference.exr", "reference.png", "with_cache.png", "without.png",
+        "reference.png", "reference_16x12.exr", "with_cache.png", "without.png",
     ]  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("without: ") and lines[1].startswith("with_cache: ") and "relMSE" in lines[1]

@@ -249,3 +249,21 @@ def test_arrays_cross_without_copies(mi) -> None:
     records = as_records(fields, device)
     for (name, _), field in zip(FIELDS.items(), fields, strict=True):
         assert getattr(records, name).ptr == as_warp(field, wp.float32, device).ptr
+
+
+def test_sizes_may_alternate() -> None:
+    """Renders of other sample counts and film sizes in between leave the integrator as it was."""
+    program = """
+import mitsuba as mi
+import nrc.integrations.mitsuba
+mi.set_variant("llvm_ad_rgb")
+description = mi.cornell_box()
+description["sensor"]["film"] |= {"width": 64, "height": 64}
+scene = mi.load_dict({**description, "integrator": {"type": "nrc"}})
+wide = mi.load_dict({**description["sensor"], "film": {**description["sensor"]["film"], "width": 96, "height": 48}})
+for spp, sensor in ((16, 0), (64, 0), (16, 0), (16, wide), (16, 0), (16, wide)):
+    print(mi.render(scene, sensor=sensor, spp=spp).array.numpy().mean() > 0.05)
+"""
+    done = run(program)  # a crash of Dr.Jit would end this process too
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-6:] == ["True"] * 6

@@ -35,6 +35,7 @@ mi: Any = mitsuba
 SETTLING_PASSES = 128  # while an untrained cache settles, its answers count less
 WAVEFRONT = 2**15  # paths of a pass at most, where a pixel needs several samples for as many
 MIN_PASSES = 32
+MOST_RECORDINGS = 8  # sizes of wavefronts that are kept recorded
 RECORDS_PER_PATH = 4.0  # first guess
 BOX_MARGIN = 0.01  # of the scene's extent
 UNLIMITED_DEPTH = 2**30
@@ -107,7 +108,7 @@ def integrator_class(variant: str) -> Any:
                 props["max_depth"] = -1
             super().__init__(props)
             self.cache: RadianceCache | None = None
-            self.recorded = RecordedPaths()
+            self.recorded: dict[tuple[int, ...], RecordedPaths] = {}  # by the sizes of wavefront and film
             self._encoding = props.get("encoding", "hash")
             self._spread_threshold = float(props.get("spread_threshold", 0.01))
             self._training_records = int(props.get("training_records", 0))
@@ -149,7 +150,11 @@ def integrator_class(variant: str) -> Any:
                 self.n_passes, self.records_per_path = 0, RECORDS_PER_PATH
 
         def to_string(self) -> str:
-            return f"RadianceCacheIntegrator[max_depth = {self.max_depth}, rr_depth = {self.rr_depth}]"
+            depth = "unlimited" if self.max_depth >= UNLIMITED_DEPTH else self.max_depth
+            return (
+                f"RadianceCacheIntegrator[max_depth = {depth}, rr_depth = {self.rr_depth}, "
+                f"encoding = {self._encoding}, spread_threshold = {self._spread_threshold}]"
+            )
 
         def settings(self, sampler: Any) -> paths.PathSettings:
             """How paths are traced with this sampler."""
@@ -168,7 +173,10 @@ def integrator_class(variant: str) -> Any:
             if not (np.isfinite([lower, upper]).all() and np.max(upper - lower) > 0.0):
                 raise RuntimeError("nrc: the scene has no surfaces of finite extent")
             cache = self.cache
-            if cache is None or np.any(lower < cache.bounds[0]) or np.any(upper > cache.bounds[1]):
+            if cache is not None and (np.any(lower < cache.bounds[0]) or np.any(upper > cache.bounds[1])):
+                mi.Log(mi.LogLevel.Warn, "nrc: the scene lies outside of the cache's box; a new cache is made for it")
+                cache = None
+            if cache is None:
                 margin = BOX_MARGIN * np.max(upper - lower)
                 device = resolve_device("cuda:0" if mi.variant().startswith("cuda") else "cpu")
                 config = CacheConfig(encoding=self._encoding)
@@ -179,7 +187,7 @@ def integrator_class(variant: str) -> Any:
                     (lower - margin, upper + margin), config, max_queries=1, max_records=1, device=device
                 )
                 prepare(cache.kernels(), device)
-                self.cache, self.n_passes = cache, 0
+                self.cache, self.n_passes, self.records_per_path = cache, 0, RECORDS_PER_PATH
             return cache
 
     return RadianceCacheIntegrator
@@ -244,12 +252,18 @@ class Pass:
         self.rng = np.random.default_rng(seed)
         self.training_sampler = mi.load_dict({"type": "independent"})
         self.training_sampler.seed(int(self.rng.integers(2**32)), self.n_slots)
+        # One recording replayed for wavefronts of several sizes in turn crashes Dr.Jit 1.5
+        border = self.film.rfilter().border_size()
+        sizes = (self.n_paths, self.n_samples, self.n_slots, *(int(n) for n in self.film.crop_size()), border)
+        self.recorded = integrator.recorded.setdefault(sizes, RecordedPaths())
+        while len(integrator.recorded) > MOST_RECORDINGS:
+            integrator.recorded.pop(next(size for size in integrator.recorded if size != sizes))
         self.has_alpha = mi.has_flag(self.film.flags(), mi.FilmFlags.Alpha)
         self.found, self.answered = self.film.create_block(), self.film.create_block()
 
     def render(self) -> None:
         """Trace, train and ask the cache pass by pass, and fill the film."""
-        recorded = self.integrator.recorded
+        recorded = self.recorded
         for i in range(self.n_passes):
             ray, weight, position, index, key = recorded.picture_rays(
                 self.sensor,
@@ -283,13 +297,13 @@ class Pass:
         dr.sync_thread()
         answers = self.cache.query(as_records(records, device), as_warp(count, wp.int32, device))
         wp.synchronize_device(device)
-        return as_drjit(answers)
+        return as_drjit(answers[: self.n_paths])
 
     def train(self) -> None:
         """Trace training paths and train the cache with their records."""
         cache, integrator, device = self.cache, self.integrator, self.cache.device
         n_paths = max(1, min(self.n_slots, int(cache.n_training_records / integrator.records_per_path)))
-        recorded, sampler = integrator.recorded, self.training_sampler
+        recorded, sampler = self.recorded, self.training_sampler
         shift = mi.Point2f(*(dr.opaque(mi.Float, x) for x in self.rng.random(2)))
         ray = recorded.training_rays(self.sensor, sampler, self.n_slots, shift)
         staged, count, tail_place, tails, n_tails = recorded.trace_training(
@@ -300,7 +314,7 @@ class Pass:
         answers = cache.query_primary(as_records(tails, device), as_warp(n_tails, wp.int32, device))
         wp.synchronize_device(device)
         records, total, targets = recorded.gather_targets(
-            staged, count, tail_place, as_drjit(answers), self.settings.max_records
+            staged, count, tail_place, as_drjit(answers[: self.n_slots]), self.settings.max_records
         )
         dr.eval(records, total, targets)
         dr.sync_thread()

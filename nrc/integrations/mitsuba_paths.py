@@ -254,6 +254,8 @@ def follow(
         beta[going] *= weight
         B[going] *= weight
         eta[going] *= bounce.eta
+        if dr.hint(training, mode="scalar"):  # what the camera sees black must not darken the records behind it
+            beta = dr.select(dr.max(beta) > 0.0, beta, B)
         going &= dr.max(beta) > 0.0
 
         # Russian roulette.
