@@ -417,7 +417,8 @@ class Viewer:
             picture, n = self.worker.picture, self.worker.n_pictures
             if picture is None or n == self._n_shown:
                 return
-            self._texture = self.window.show(picture)
+            if self.picture is None or picture.pixels is not self.picture.pixels:  # what rests is published again
+                self._texture = self.window.show(picture)
             self.picture, self._n_shown = picture, n
         now = time.perf_counter()
         if self.first_picture_seconds is None:

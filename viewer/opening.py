@@ -12,7 +12,6 @@ from nrc.fit.radiance_field import SNAPSHOT_KIND as NERF_KIND
 from nrc.snapshot import SnapshotError, format_of, load_tensors
 from nrc.viewer.session import Session
 
-KINDS = ("scene", "image", "sdf", "nerf")
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".exr", ".hdr", ".pfm", ".webp", ".bmp")
 MESHES = (".obj", ".ply", ".stl")
 SCENES = tuple(suffix for suffix in assets.FORMATS if suffix not in MESHES)
@@ -50,7 +49,7 @@ def open_source(source: str, *, kind: str | None = None, device: Any = None, **s
     """The session for `source`, not compiled yet.
 
     Args:
-        kind: One of `KINDS`; by default `kind_of`.
+        kind: "scene", "image", "sdf" or "nerf"; by default what `kind_of` says.
         scene_options: `defines` of an XML file; `integrator`, `encoding`, `seed` of `SceneSession`.
 
     Raises:

@@ -315,7 +315,7 @@ class SceneSession:
         self._stages = dict(renderer.stage_seconds)
         stages["display"] = max(0.0, 1e3 * seconds - sum(stages.values()))
         stats: dict[str, Any] = {"ms": 1e3 * seconds, "stages_ms": stages, "spp": renderer.film.n_frames}
-        if renderer.cache is not None and renderer.config.integrator != "path":
+        if renderer.cache is not None:
             now = time.perf_counter()
             if self.device.is_cpu or now - self._counted > STATS_SECONDS:  # reading them back is dear on CUDA
                 self._counters, self._counted = renderer.cache.stats(), now
