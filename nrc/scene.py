@@ -1,16 +1,19 @@
 """Scene description: frozen host data that readers produce and renderers upload.
 
-Conventions. World space is right-handed, lengths in scene units. Geometry is in world space; a triangle's front side is
-the one from which its vertices wind counter-clockwise. Texture coordinates have v = 0 at the top row of the image.
-Colours are linear Rec. 709 RGB; radiance in [W m^-2 sr^-1].
+Conventions. World space is right-handed, lengths in scene units. Geometry is in world space, but for meshes that
+instances place; a triangle's front side is the one from which its vertices wind counter-clockwise. Texture coordinates
+have v = 0 at the top row of the image. Colours are linear Rec. 709 RGB; radiance in [W m^-2 sr^-1].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nrc.animation import Animation
 
 MATERIAL_KINDS = (
     "diffuse",
@@ -169,7 +172,7 @@ class Material:
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Triangles in world space.
+    """Triangles in world space, or in a space of their own where instances place them.
 
     Attributes:
         positions: (n, 3) float32.
@@ -209,6 +212,26 @@ class Mesh:
             raise SceneError(f"mesh {self.name!r}: indices must be (m, 3) int32, got {self.indices.shape}")
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= n):
             raise SceneError(f"mesh {self.name!r}: a triangle refers to a vertex outside 0...{n - 1}")
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A mesh placed in the world; any number of instances share one.
+
+    Attributes:
+        mesh: Index into `Scene.meshes`.
+        to_world: (4, 4) affine transform. A reflection keeps fronts in front; a singular one hides the mesh.
+        name: For messages.
+    """
+
+    mesh: int
+    to_world: np.ndarray
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        matrix = np.asarray(self.to_world)
+        if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or (matrix[3] != (0.0, 0.0, 0.0, 1.0)).any():
+            raise SceneError(f"instance {self.name!r}: to_world must be a finite affine (4, 4) matrix")
 
 
 @dataclass(frozen=True)
@@ -358,6 +381,8 @@ class Scene:
     """Everything a picture needs.
 
     Attributes:
+        meshes: A mesh to which instances refer is drawn where they place it and nowhere else.
+        animation: How the scene changes; the other fields are the pose at its start.
         warnings: What the reader substituted or did not understand, one entry each.
     """
 
@@ -369,6 +394,8 @@ class Scene:
     settings: RenderSettings = RenderSettings()
     name: str = ""
     warnings: tuple[str, ...] = ()
+    instances: tuple[Instance, ...] = ()
+    animation: Animation | None = None
 
     def __post_init__(self) -> None:
         if not any(len(mesh.indices) for mesh in self.meshes):
@@ -378,15 +405,23 @@ class Scene:
                 raise SceneError(
                     f"mesh {mesh.name!r}: material {mesh.material} of {len(self.materials)} does not exist"
                 )
+        for instance in self.instances:
+            if not 0 <= instance.mesh < len(self.meshes):
+                raise SceneError(
+                    f"instance {instance.name!r}: mesh {instance.mesh} of {len(self.meshes)} does not exist"
+                )
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper corner of the geometry, (3,) each."""
-        used = [mesh for mesh in self.meshes if len(mesh.positions)]
-        return (
-            np.min([mesh.positions.min(axis=0) for mesh in used], axis=0),
-            np.max([mesh.positions.max(axis=0) for mesh in used], axis=0),
-        )
+        """Lower and upper corner of the geometry, (3,) each; of an instance the box around its mesh's box counts."""
+        placed = {instance.mesh for instance in self.instances}
+        boxes = [mesh_box(mesh) if len(mesh.positions) else None for mesh in self.meshes]
+        corners = [box for i, box in enumerate(boxes) if box is not None and i not in placed]
+        for instance in self.instances:
+            if (box := boxes[instance.mesh]) is not None:
+                corners.append(transformed_box(box, instance.to_world))
+        lower, upper = np.array(corners).transpose(1, 0, 2)
+        return lower.min(axis=0), upper.max(axis=0)
 
     @property
     def has_light(self) -> bool:
@@ -395,6 +430,23 @@ class Scene:
             return True
         return any(self.materials[mesh.material].emits for mesh in self.meshes)
 
+    def at(self, time: float) -> Scene:
+        """The scene as it stands at `time` [s] of its animation; itself without one."""
+        return self if self.animation is None else self.animation.pose(self, time)
+
     def with_settings(self, **changes: int) -> Scene:
         """The same scene with other render settings."""
         return replace(self, settings=replace(self.settings, **changes))
+
+
+def mesh_box(mesh: Mesh) -> np.ndarray:
+    """Lower and upper corner of a mesh in its own space, (2, 3)."""
+    return np.array([mesh.positions.min(axis=0), mesh.positions.max(axis=0)])
+
+
+def transformed_box(box: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Box (2, 3) around a box (2, 3) moved by an affine (4, 4) matrix (Arvo 1990)."""
+    center, half = (box[0] + box[1]) / 2.0, (box[1] - box[0]) / 2.0
+    moved = matrix[:3, :3] @ center + matrix[:3, 3]
+    reach = np.abs(matrix[:3, :3]) @ half
+    return np.array([moved - reach, moved + reach])
