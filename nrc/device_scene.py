@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import warp as wp
 
-from nrc.bvh import Bvh
+from nrc.bvh import Bvh, InstanceBvh
 from nrc.kernels import scene as ks
 from nrc.kernels import texture as kt
 from nrc.kernels.bsdf import ALPHA_MIN, Bsdf
-from nrc.kernels.bvh_build import build_bvh
 from nrc.kernels.camera import CameraView
+from nrc.kernels.intersect import Accel, InstanceView
 from nrc.kernels.plastic import integrate_interface
 from nrc.launch import prepare, resolve_device
+from nrc.light_table import (
+    LUMINANCE,
+    EmissiveTriangles,
+    alias_table,
+    environment_cdfs,
+    integrated_luminance,
+    light_table,
+)
 from nrc.plastic import plastic_table
 from nrc.scene import (
     MATERIAL_KINDS,
     AnyTexture,
     Camera,
     Checkerboard,
-    DirectionalLight,
     Environment,
     Material,
     Mesh,
-    PointLight,
     Scene,
-    SpotLight,
+    transformed_boxes,
 )
+from nrc.texture_table import TextureTable, packed_images
 
-_WRAP = {"repeat": 0, "clamp": 1, "mirror": 2}
 _ALPHA = {"opaque": 0, "mask": 1, "blend": 2}
 _TEXTURE_FIELDS = tuple(name for name in Material.__dataclass_fields__ if name.endswith("_texture"))
 _BSDF_SCALARS = (
@@ -49,7 +56,6 @@ _BSDF_SCALARS = (
     "flatness",
 )
 _BSDF_COLORS = ("base_color", "specular", "transmittance", "eta", "k")
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 _NO_ENVIRONMENT = Environment.constant((0.0, 0.0, 0.0))
 
 
@@ -64,42 +70,55 @@ class DeviceScene:
     """
 
     def __init__(self, scene: Scene, device: Any = None) -> None:
-        self._upload(scene, resolve_device(device), {})
+        self._upload(scene, resolve_device(device), None)
 
     def replaced(self, scene: Scene) -> DeviceScene:
         """`scene` on the same device, sharing with this one all that was made from the same host objects.
 
-        Arrays, textures and environments are compared by identity, so a scene made by `dataclasses.replace` keeps what
-        it did not replace: other materials, lights, or rotation and scale of the environment leave geometry, hierarchy,
-        texels and environment map where they are. Nothing tells it from `DeviceScene(scene, device)` but its cost.
+        Arrays, textures and environments are compared by identity, so a scene made by `dataclasses.replace` or
+        `Scene.at` keeps what it did not replace: other materials, lights, places of instances, or rotation and scale of
+        the environment leave hierarchies, vertices, texels and environment map where they are. The hierarchy of a mesh
+        that instances place, and whose triangles join the same vertices in other positions, is refitted in place: then
+        this scene must not be traced any more. Nothing else tells the result from `DeviceScene(scene, device)` but its
+        cost, and `record_space="object"`, which knows points by their place in the first of a chain of scenes.
         """
         other = object.__new__(DeviceScene)
-        other._upload(scene, self.device, self._parts)
+        other._upload(scene, self.device, self)
         return other
 
-    def _upload(self, scene: Scene, device: wp.Device, earlier: dict[str, tuple[tuple[Any, ...], Any]]) -> None:
+    def _upload(self, scene: Scene, device: wp.Device, earlier: DeviceScene | None) -> None:
         """Make everything but what `earlier` has from the same host objects."""
         self.scene, self.device = scene, device
-        self._earlier = earlier
+        self._earlier: dict[str, tuple[tuple[Any, ...], Any]] = earlier._parts if earlier else {}
         self._parts: dict[str, tuple[tuple[Any, ...], Any]] = {}  # sources and what was made of them, by name
         view = ks.SceneView()
-        self._upload_geometry(view)
+        self._number_meshes()
+        self._upload_geometry(view, earlier)
         self._upload_materials(view)
         self._upload_environment(view)
-        self._upload_lights(view)
+        first_light = self._upload_lights(view)
+        self._upload_instances(view, first_light, earlier)
         self.view = view
         self._earlier = {}  # lets go of what is no longer used
 
     def _part(self, name: str, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` returns, or this or an earlier scene's part of that `name` if it was made from the same sources.
 
-        A name stands for one part: a second one would let go of the first, to which kernels may have the address.
+        Numbers are the same if they are equal, all else if it is identical. A name stands for one part: a second one
+        would let go of the first, to which kernels may have the address.
         """
         known, part = self._parts.get(name) or self._earlier.get(name, ((), None))
-        if part is None or len(known) != len(sources) or any(a is not b for a, b in zip(known, sources, strict=True)):
+        if part is None or not _same(known, sources):
             part = make()
         self._parts[name] = sources, part
         return part
+
+    def memory_bytes(self) -> int:
+        """Device memory of arrays and hierarchies [B]; on CUDA without the nodes that Warp allocates itself."""
+        fields = [getattr(self.view, name) for name in ks.SceneView.vars]  # type: ignore[attr-defined]
+        arrays = {x.ptr: x.capacity for x in (*fields, self.view.accel.instances) if isinstance(x, wp.array)}
+        bvhs = [self.bvh, *(part for name, (_, part) in self._parts.items() if name.startswith("bvh "))]
+        return sum(arrays.values()) + sum(bvh.n_bytes for bvh in bvhs)
 
     def camera_view(self, width: int, height: int, camera: Camera | None = None) -> CameraView:
         """`CameraView` of `camera` (the scene's by default) for a picture of `width` × `height` [px]."""
@@ -118,53 +137,119 @@ class DeviceScene:
     def _array(self, values: np.ndarray, dtype: Any) -> wp.array:
         return wp.array(np.ascontiguousarray(values), dtype=dtype, device=self.device)
 
-    def _upload_geometry(self, view: Any) -> None:
-        all_positions = tuple(mesh.positions for mesh in self.scene.meshes)
-        self.bounds = self._part("bounds", all_positions, lambda: self.scene.bounds)
-        numbered = [(i, mesh) for i, mesh in enumerate(self.scene.meshes) if len(mesh.indices)]
-        meshes = [mesh for _, mesh in numbered]
-        counts = [len(mesh.indices) for mesh in meshes]
-        shapes = tuple(array for mesh in meshes for array in (mesh.positions, mesh.indices))
-        self._positions, self._indices = self._part("triangles", shapes, lambda: _triangles(meshes))
-        self._areas = self._part("areas", shapes, lambda: _areas(self._positions, self._indices))
-        self.bvh = self._part("bvh", shapes, self._build_bvh)
-        view.accel = self.bvh.accel
-        view.positions = self._part("positions", shapes, lambda: self._array(self._positions, wp.vec3))
-        view.indices = self._part("indices", shapes, lambda: self._array(self._indices, wp.vec3i))
+    def _number_meshes(self) -> None:
+        """Order of the meshes that have triangles: those in world space first, whose hierarchy numbers them alike."""
+        placed = {instance.mesh for instance in self.scene.instances}
+        order = [i for i, mesh in enumerate(self.scene.meshes) if len(mesh.indices)]
+        self._order = [i for i in order if i not in placed] + [i for i in order if i in placed]
+        self._n_still = sum(i not in placed for i in order)
+        self._meshes = [self.scene.meshes[i] for i in self._order]
+        self._first_face = np.cumsum([0] + [len(mesh.indices) for mesh in self._meshes])
+        self._vertex_counts = [len(mesh.positions) for mesh in self._meshes]
+
+    def _upload_geometry(self, view: Any, earlier: DeviceScene | None) -> None:
+        self.bounds = lower, upper = self.scene.bounds
+        self._center = (lower + upper) / 2.0
+        self._radius = max(float(np.linalg.norm(upper - lower)) / 2.0, 1e-6)
+        view.center = wp.vec3(*self._center)
+        view.radius = self._radius
+        meshes = self._meshes
+        still = tuple(array for mesh in meshes[: self._n_still] for array in (mesh.positions, mesh.indices))
+        self.bvh = self._part("bvh", still, lambda: Bvh(*_triangles(meshes[: self._n_still]), self.device))
+        same_layout = earlier is not None and earlier._vertex_counts == self._vertex_counts
         for name, width, dtype in (
+            ("positions", 3, wp.vec3),
             ("normals", 3, wp.vec3),
             ("uv0", 2, wp.vec2),
             ("uv1", 2, wp.vec2),
             ("colors", 4, wp.vec4),
             ("tangents", 4, wp.vec4),
         ):
-            fallback = "uv0" if name == "uv1" else name
-            used = tuple(getattr(mesh, a) for mesh in meshes for a in ("positions", name, fallback))
-
-            def upload(name: str = name, width: int = width, dtype: Any = dtype, fallback: str = fallback) -> wp.array:
-                return self._array(_attribute(meshes, name, width, fallback), dtype)
-
-            setattr(view, name, self._part(name, used, upload))
+            setattr(view, name, self._vertex_array(name, width, dtype, same_layout))
+        view.rest_positions = earlier.view.rest_positions if earlier and same_layout else view.positions
+        faces = tuple(x for mesh in meshes for x in (mesh.indices, len(mesh.positions)))
+        view.indices = self._part("indices", faces, lambda: self._array(_triangles(meshes)[1], wp.vec3i))
         flags = {"normals": ks.HAS_NORMALS, "uv0": ks.HAS_UV, "colors": ks.HAS_COLORS, "tangents": ks.HAS_TANGENTS}
         attributes = [sum(int(f) for name, f in flags.items() if getattr(mesh, name) is not None) for mesh in meshes]
-        view.triangle_attributes = self._array(np.repeat(attributes, counts).astype(np.int32), wp.int32)
-        self._triangle_material = np.repeat([mesh.material for mesh in meshes], counts).astype(np.int32)
-        view.triangle_material = self._array(self._triangle_material, wp.int32)
-        view.triangle_mesh = self._array(np.repeat([i for i, _ in numbered], counts).astype(np.int32), wp.int32)
-        lower, upper = self.bounds
-        self._center = (lower + upper) / 2.0
-        self._radius = max(float(np.linalg.norm(upper - lower)) / 2.0, 1e-6)
-        view.center = wp.vec3(*self._center)
-        view.radius = self._radius
+        view.triangle_attributes = self._per_triangle("attributes", attributes)
+        view.triangle_material = self._per_triangle("material", [mesh.material for mesh in meshes])
+        view.triangle_mesh = self._per_triangle("mesh", self._order)
 
-    def _build_bvh(self) -> Bvh:
-        if self.device.is_cpu:
-            prepare({"BVH build": build_bvh}, self.device)
-        return Bvh(self._positions, self._indices, self.device)
+    def _vertex_array(self, name: str, width: int, dtype: Any, same_layout: bool) -> wp.array:
+        """A vertex attribute of all meshes; what an earlier scene of the same layout has is copied on the device."""
+        values = tuple(_attribute(mesh, name) for mesh in self._meshes)
+        known, before = self._earlier.get(name, ((), None))
+        changed = [i for i, value in enumerate(values) if i >= len(known) or value is not known[i]]
+        n = sum(self._vertex_counts)
+        if all(value is None for value in values):
+            return self._part(name, (), lambda: self._array(np.zeros((1, width), np.float32), dtype))
+        if not (same_layout and before is not None and before.shape[0] == n and 0 < len(changed) < len(values)):
+            return self._part(name, values, lambda: self._array(_joined(values, self._vertex_counts, width), dtype))
+        array = wp.clone(before)
+        first = np.cumsum([0, *self._vertex_counts])
+        for i in changed:
+            rows = self._array(_joined(values[i : i + 1], self._vertex_counts[i : i + 1], width), dtype)
+            wp.copy(array, rows, dest_offset=int(first[i]), count=self._vertex_counts[i])
+        return self._part(name, values, lambda: array)
+
+    def _per_triangle(self, name: str, values: list[int]) -> wp.array:
+        """A number of each mesh, (triangles,) int."""
+        counts = np.diff(self._first_face)
+        sources = (*values, *(int(count) for count in counts))
+        return self._part(
+            f"triangle {name}", sources, lambda: self._array(np.repeat(values, counts).astype(np.int32), wp.int32)
+        )
+
+    def _upload_instances(self, view: Any, first_light: dict[int, int], earlier: DeviceScene | None) -> None:
+        """Hierarchies of meshes that instances place, and the one over the instances."""
+        accel: Any = Accel()
+        accel.mesh, accel.nodes, accel.blocks = self.bvh.accel.mesh, self.bvh.accel.nodes, self.bvh.accel.blocks
+        instances = self.scene.instances
+        self._placed = [instance.mesh for instance in instances]
+        self._rest_to_world = np.zeros((0, 4, 4))
+        if instances:
+            self._fill_instances(accel, first_light, earlier)
+        view.accel = accel
+
+    def _fill_instances(self, accel: Any, first_light: dict[int, int], earlier: DeviceScene | None) -> None:
+        instances = self.scene.instances
+        to_world = np.array([instance.to_world for instance in instances], float)
+        determinant = np.linalg.det(to_world[:, :3, :3])
+        usable = np.isfinite(determinant) & (np.abs(determinant) > 1e-30)
+        same = earlier is not None and earlier._placed == self._placed
+        self._rest_to_world = earlier._rest_to_world if earlier and same else to_world
+        instance_view: Any = InstanceView  # wp.struct adds numpy_dtype
+        rows: Any = np.zeros(len(instances), instance_view.numpy_dtype())
+        rows["to_world"], rows["rest_to_world"] = to_world, self._rest_to_world
+        rows["to_object"][usable] = np.linalg.inv(to_world[usable])
+        rows["facing"] = np.where(determinant < 0.0, -1.0, 1.0)
+        rows["first_light"] = [first_light.get(i, 0) for i in range(len(instances))]
+        boxes = np.zeros((len(instances), 2, 3))
+        placed = np.array(self._placed)
+        for place, i in enumerate(self._order[self._n_still :], start=self._n_still):
+            bvh = self._mesh_bvh(i)
+            shown = np.flatnonzero((placed == i) & usable)
+            rows["first_face"][shown] = self._first_face[place]
+            for name in ("mesh", "nodes", "blocks"):
+                rows[name][shown] = getattr(bvh.accel, name)
+            boxes[shown] = transformed_boxes(self.scene.meshes[i].box, to_world[shown])
+        self._instance_bvh = InstanceBvh(boxes, self.device)
+        self._instance_bvh.fill(accel)
+        accel.instances = wp.array(rows, dtype=InstanceView, device=self.device)
+
+    def _mesh_bvh(self, i: int) -> Bvh:
+        """Hierarchy of a mesh in its own space, refitted where only its vertices have moved."""
+        mesh, name = self.scene.meshes[i], f"bvh {i}"
+        known, bvh = self._earlier.get(name, ((None, None), None))
+        if known[1] is mesh.indices and known[0] is not mesh.positions and known[0].shape == mesh.positions.shape:
+            bvh.refit(mesh.positions)
+            self._earlier[name] = (mesh.positions, mesh.indices), bvh  # the earlier scene's too
+        sources = mesh.positions, mesh.indices
+        return self._part(name, sources, lambda: Bvh(mesh.positions, mesh.indices, self.device))
 
     def _upload_materials(self, view: Any) -> None:
         has_colors = {mesh.material for mesh in self.scene.meshes if mesh.colors is not None}
-        textures = _TextureTable()
+        textures = TextureTable()
         materials = [
             _material_view(material, textures, i in has_colors) for i, material in enumerate(self.scene.materials)
         ]
@@ -174,7 +259,7 @@ class DeviceScene:
         view.materials = wp.array(materials, dtype=ks.MaterialView, device=self.device)
         view.textures = wp.array(textures.views or [kt.TextureView()], dtype=kt.TextureView, device=self.device)
         sources = tuple(source for image in textures.images for source in image)
-        view.texels = self._part("texels", sources, lambda: self._array(_packed_images(textures.images), wp.uint32))
+        view.texels = self._part("texels", sources, lambda: self._array(packed_images(textures.images), wp.uint32))
         code = np.arange(256) / 255.0
         linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
         view.srgb_to_linear = self._part("srgb", (), lambda: self._array(linear.astype(np.float32), wp.float32))
@@ -201,67 +286,71 @@ class DeviceScene:
             (image,),
             lambda: [
                 self._array(cdf.astype(np.float32).ravel(), wp.float32)
-                for cdf in _environment_cdfs(image.astype(np.float64))
+                for cdf in environment_cdfs(image.astype(np.float64))
             ],
         )
         view.environment_to_world = wp.mat33(*np.asarray(environment.to_world, float).ravel())
-        irradiance = self._part("environment irradiance", (image,), lambda: _integrated_luminance(image))
+        irradiance = self._part("environment irradiance", (image,), lambda: integrated_luminance(image))
         self._environment_power = irradiance * environment.scale * math.pi * self._radius * self._radius
 
-    def _upload_lights(self, view: Any) -> None:
-        """Light table: emissive triangles, punctual lights, environment; chosen in proportion to power [W]."""
-        emitted = np.array([self._mean_emission(material) for material in self.scene.materials])
-        triangle_power = math.pi * self._areas * emitted[self._triangle_material]
-        emissive = np.flatnonzero(triangle_power > 0.0)
-        triangle_light = np.full(len(self._indices), -1, np.int32)
-        triangle_light[emissive] = np.arange(len(emissive))
-
-        n_punctual = len(self.scene.lights)
-        has_environment = self.scene.environment is not None
-        light_view: Any = ks.LightView  # wp.struct adds numpy_dtype
-        row_type: Any = light_view.numpy_dtype()
-        table: Any = np.zeros(len(emissive) + n_punctual + has_environment, row_type)
-        table["triangle"] = -1
-        table["triangle"][: len(emissive)] = emissive
-        power = []  # of all but the triangles
-        for i, light in enumerate(self.scene.lights, start=len(emissive)):
-            row = table[i]
-            if not isinstance(light, DirectionalLight):
-                row["position"] = light.position
-            if not isinstance(light, PointLight):
-                row["direction"] = np.asarray(light.direction) / np.linalg.norm(light.direction)
-            if isinstance(light, SpotLight):
-                row["kind"] = ks.LIGHT_SPOT
-                row["inner_angle"], row["outer_angle"] = light.inner_angle, light.outer_angle
-                row["smooth"] = light.falloff == "smooth"
-                solid_angle = 2.0 * math.pi * (1.0 - math.cos((light.inner_angle + light.outer_angle) / 2.0))
-            else:
-                row["kind"] = ks.LIGHT_DIRECTIONAL if isinstance(light, DirectionalLight) else ks.LIGHT_POINT
-                solid_angle = 4.0 * math.pi
-            if isinstance(light, DirectionalLight):
-                row["intensity"] = light.irradiance
-                power.append(float(np.dot(light.irradiance, _LUMINANCE)) * math.pi * self._radius**2)
-            else:
-                row["intensity"] = light.intensity
-                power.append(float(np.dot(light.intensity, _LUMINANCE)) * solid_angle)
-        if has_environment:
-            table[-1]["kind"] = ks.LIGHT_ENVIRONMENT
-            power.append(self._environment_power)
-        powers = np.concatenate([triangle_power[emissive], power])
-        total = float(np.sum(powers))
+    def _upload_lights(self, view: Any) -> dict[int, int]:
+        """Light table, chosen from in proportion to power [W]; returns the first entry of each emissive instance."""
+        emitters, per_mesh = self._emissive_triangles()
+        first_light, n = {}, 0
+        for emitter in emitters:
+            if emitter.instance >= 0:
+                first_light[emitter.instance] = n
+            n += len(emitter.faces)
+        environment_power = None if self.scene.environment is None else self._environment_power
+        table, powers = light_table(emitters, self.scene.lights, environment_power, self._radius)
+        total = float(powers.sum())
         view.n_lights = len(table) if total > 0.0 else 0
-        pmf = powers / total if total > 0.0 else np.ones(1)
-        probability, alias = _alias_table(pmf)
-        view.environment_light = len(table) - 1 if has_environment else -1
+        view.environment_light = len(table) - 1 if environment_power is not None else -1
         if not len(table):
-            table = np.zeros(1, row_type)
+            table, powers = np.zeros(1, table.dtype), np.zeros(1)
+        pmf = powers / total if total > 0.0 else powers
+        probability, alias = alias_table(pmf)
         view.lights = wp.array(table, dtype=ks.LightView, device=self.device)
-        if total <= 0.0:
-            pmf = np.zeros(len(table))
         view.light_pmf = self._array(pmf.astype(np.float32), wp.float32)
         view.light_probability = self._array(probability.astype(np.float32), wp.float32)
         view.light_alias = self._array(alias, wp.int32)
-        view.triangle_light = self._array(triangle_light, wp.int32)
+
+        def number() -> wp.array:
+            light = np.full(self._first_face[-1], -1, np.int32)
+            next_light = 0
+            for place, faces in per_mesh.items():
+                light[faces] = np.arange(len(faces))
+                if place < self._n_still:
+                    light[faces] += next_light
+                    next_light += len(faces)
+            return self._array(light, wp.int32)
+
+        counts = (x for place, faces in per_mesh.items() for x in (place, faces))
+        view.triangle_light = self._part("triangle light", (int(self._first_face[-1]), *counts), number)
+        return first_light
+
+    def _emissive_triangles(self) -> tuple[list[EmissiveTriangles], dict[int, np.ndarray]]:
+        """What emits, that in world space first, and the faces that do of each mesh by its place in the order."""
+        emitters, per_mesh = [], {}
+        for place, (i, mesh) in enumerate(zip(self._order, self._meshes, strict=True)):
+            radiance = self._mean_emission(self.scene.materials[mesh.material])
+            if radiance <= 0.0:
+                continue
+            first = int(self._first_face[place])
+            sources = mesh.positions, mesh.indices, first
+            normals, faces = self._part(f"emitter {i}", sources, partial(_emitter, mesh, first))
+            if not len(faces):
+                continue
+            per_mesh[place] = faces
+            if place < self._n_still:
+                emitters.append(EmissiveTriangles(faces, np.linalg.norm(normals, axis=1) / 2.0, radiance))
+                continue
+            for k in np.flatnonzero(np.array([instance.mesh == i for instance in self.scene.instances])):
+                a, b, c = np.asarray(self.scene.instances[k].to_world, float)[:3, :3].T  # columns
+                cofactor = np.column_stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)])
+                areas = np.linalg.norm(normals @ cofactor.T, axis=1) / 2.0
+                emitters.append(EmissiveTriangles(faces, areas, radiance, int(k)))
+        return emitters, per_mesh
 
     def _mean_emission(self, material: Material) -> float:
         """Luminance of the emission, averaged over its texture's texels, counting both sides if both emit."""
@@ -271,82 +360,10 @@ class DeviceScene:
         texture = material.emission_texture
         if texture is not None:
             emission = emission * self._part(f"mean {id(texture)}", (texture,), lambda: _mean_color(texture))
-        return float(emission @ _LUMINANCE) * (2.0 if material.emission_two_sided else 1.0)
+        return float(emission @ LUMINANCE) * (2.0 if material.emission_two_sided else 1.0)
 
 
-class _TextureTable:
-    """Textures of all materials; images are stored once however many textures look them up.
-
-    Attributes:
-        views: One for each texture.
-        images: The images in the order of their texels, each with whether its floats are sRGB-encoded.
-    """
-
-    def __init__(self) -> None:
-        self.views: list[Any] = []
-        self.images: list[tuple[np.ndarray, bool]] = []
-        self._offset = 0
-        self._by_texture: dict[int, int] = {}
-        self._by_image: dict[tuple[int, bool], int] = {}
-
-    def index(self, texture: AnyTexture | None) -> int:
-        if texture is None:
-            return -1
-        if id(texture) not in self._by_texture:
-            self._by_texture[id(texture)] = len(self.views)
-            self.views.append(self._view(texture))
-        return self._by_texture[id(texture)]
-
-    def _view(self, texture: AnyTexture) -> Any:
-        view = kt.TextureView()
-        view.uv_set = texture.uv_set
-        view.row_u, view.row_v = (wp.vec3(*row) for row in np.asarray(texture.transform, float))
-        if isinstance(texture, Checkerboard):
-            view.kind = kt.TEXTURE_CHECKERBOARD
-            view.width = view.height = 1024  # step of bump differences
-            view.color0, view.color1 = wp.vec3(*texture.color0), wp.vec3(*texture.color1)
-            return view
-        image = texture.image
-        if image.dtype == np.uint8:
-            view.kind = kt.TEXTURE_SRGB8 if texture.srgb else kt.TEXTURE_LINEAR8
-        else:
-            view.kind = kt.TEXTURE_FLOAT
-        view.height, view.width = image.shape[:2]
-        view.wrap_u, view.wrap_v = _WRAP[texture.wrap_u], _WRAP[texture.wrap_v]
-        view.nearest = int(texture.filter == "nearest")
-        encoded = bool(texture.srgb and image.dtype == np.float32)
-        key = (id(image), encoded)
-        if key not in self._by_image:
-            self._by_image[key] = self._offset
-            self.images.append((image, encoded))
-            self._offset += image.shape[0] * image.shape[1] * (1 if image.dtype == np.uint8 else 4)
-        view.offset = self._by_image[key]
-        return view
-
-
-def _packed_images(images: list[tuple[np.ndarray, bool]]) -> np.ndarray:
-    """The texels of all images, one after the other."""
-    texels = np.concatenate([_packed_texels(*image) for image in images]) if images else np.zeros(1, np.uint32)
-    if len(texels) >= 2**31:
-        raise ValueError(f"textures hold {len(texels)} texels; at most 2^31 - 1 fit")
-    return texels
-
-
-def _packed_texels(image: np.ndarray, encoded: bool) -> np.ndarray:
-    """RGBA of every texel as uint32: four bytes in one, or four floats, sRGB-decoded where they are `encoded`."""
-    channels = image.shape[2]
-    opaque = 255 if image.dtype == np.uint8 else 1.0
-    rgba = np.full((*image.shape[:2], 4), opaque, image.dtype)
-    rgba[..., :3] = image[..., :3] if channels >= 3 else image[..., :1]
-    if channels in (2, 4):
-        rgba[..., 3] = image[..., -1]
-    if encoded:
-        c = rgba[..., :3]
-        rgba[..., :3] = np.where(c <= 0.04045, c / 12.92, ((np.maximum(c, 0.0) + 0.055) / 1.055) ** 2.4)
-    return np.ascontiguousarray(rgba).view(np.uint32).ravel()
-
-
-def _material_view(material: Material, textures: _TextureTable, has_colors: bool) -> Any:
+def _material_view(material: Material, textures: TextureTable, has_colors: bool) -> Any:
     view = ks.MaterialView()
     bsdf = Bsdf()
     bsdf.kind = MATERIAL_KINDS.index(material.kind)
@@ -382,29 +399,43 @@ def _material_view(material: Material, textures: _TextureTable, has_colors: bool
     return view
 
 
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two tuples hold equal numbers and identical objects."""
+    return len(a) == len(b) and all(
+        x is y or (isinstance(x, int) and isinstance(y, int) and x == y) for x, y in zip(a, b, strict=True)
+    )
+
+
 def _triangles(meshes: list[Mesh]) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and triangles of all meshes."""
     first = np.cumsum([0] + [len(mesh.positions) for mesh in meshes])
+    positions = [mesh.positions for mesh in meshes]
     indices = [mesh.indices + offset for mesh, offset in zip(meshes, first[:-1], strict=True)]
-    return np.concatenate([mesh.positions for mesh in meshes]), np.concatenate(indices).astype(np.int32)
+    return (
+        np.concatenate([np.zeros((0, 3), np.float32), *positions]),
+        np.concatenate([np.zeros((0, 3), np.int32), *indices]).astype(np.int32),
+    )
 
 
-def _areas(positions: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Area of each triangle, float64."""
-    corners = positions[indices].astype(np.float64)
-    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2.0
+def _emitter(mesh: Mesh, first_face: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normals with the length of twice the area, (n, 3) float64, of the triangles that have one, and their numbers."""
+    corners = mesh.positions[mesh.indices].astype(np.float64)
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    faces = np.flatnonzero(normals.any(axis=1))
+    return normals[faces], faces + first_face
 
 
-def _attribute(meshes: list[Mesh], name: str, width: int, fallback: str) -> np.ndarray:
-    """A vertex attribute over all meshes, its fallback or zeros where a mesh lacks it; one row where all do."""
-    if all(getattr(mesh, name) is None for mesh in meshes):
-        return np.zeros((1, width), np.float32)
-    rows = []
-    for mesh in meshes:
-        value = getattr(mesh, name)
-        if value is None:
-            value = getattr(mesh, fallback)
-        rows.append(np.zeros((len(mesh.positions), width), np.float32) if value is None else value)
+def _attribute(mesh: Mesh, name: str) -> np.ndarray | None:
+    """A vertex attribute; for the second texture coordinates the first where there are no others."""
+    value = getattr(mesh, name)
+    return mesh.uv0 if value is None and name == "uv1" else value
+
+
+def _joined(values: tuple[np.ndarray | None, ...], counts: list[int], width: int) -> np.ndarray:
+    """A vertex attribute over meshes, zeros where one lacks it."""
+    rows = [
+        np.zeros((n, width), np.float32) if value is None else value for value, n in zip(values, counts, strict=True)
+    ]
     return np.concatenate(rows)
 
 
@@ -419,52 +450,3 @@ def _mean_color(texture: AnyTexture) -> np.ndarray:
     if texture.srgb:
         image = image**2.2
     return image.mean(axis=0)
-
-
-def _integrated_luminance(image: np.ndarray) -> float:
-    """Luminance of an environment map, integrated over all directions."""
-    height, width = image.shape[:2]
-    theta = (np.arange(height) + 0.5) / height * math.pi
-    solid_angle = np.sin(theta)[:, None] / (np.sin(theta).sum() * width) * 4.0 * math.pi
-    return float(((image.astype(np.float64) @ _LUMINANCE) * solid_angle).sum())
-
-
-def _environment_cdfs(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marginal CDF over rows (height + 1,) and conditional CDFs over columns (height, width + 1).
-
-    A texel's weight is the mean luminance of its 3×3 neighbourhood, because bilinear lookup spreads texels that far,
-    times the sine of its polar angle.
-    """
-    height, width = image.shape[:2]
-    value = image @ _LUMINANCE
-    value = (np.roll(value, 1, axis=1) + 2.0 * value + np.roll(value, -1, axis=1)) / 4.0
-    padded = np.pad(value, ((1, 1), (0, 0)), mode="edge")
-    value = (padded[:-2] + 2.0 * padded[1:-1] + padded[2:]) / 4.0
-    value *= np.sin((np.arange(height) + 0.5) / height * math.pi)[:, None]
-    per_row = value.sum(axis=1)
-    uniform = np.arange(width + 1) / width
-    columns = np.zeros((height, width + 1))
-    columns[:, 1:] = np.cumsum(value, axis=1)
-    columns = np.where(per_row[:, None] > 0.0, columns / np.maximum(per_row[:, None], 1e-300), uniform)
-    total = per_row.sum()
-    rows = np.concatenate([[0.0], np.cumsum(per_row)]) / total if total > 0.0 else np.arange(height + 1) / height
-    columns[:, -1] = rows[-1] = 1.0
-    return rows, columns
-
-
-def _alias_table(pmf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Walker alias table of a probability mass function (Vose 1991): acceptance probability and alias per entry."""
-    n = len(pmf)
-    probability = (pmf * n).tolist()  # lists: the loop below is several times faster on them
-    alias = list(range(n))
-    small = [i for i in range(n) if probability[i] < 1.0]
-    large = [i for i in range(n) if probability[i] >= 1.0]
-    while small and large:
-        i, j = small.pop(), large[-1]
-        alias[i] = j
-        probability[j] -= 1.0 - probability[i]
-        if probability[j] < 1.0:
-            small.append(large.pop())
-    for i in small + large:
-        probability[i] = 1.0
-    return np.array(probability), np.array(alias, np.int32)

@@ -38,6 +38,8 @@ class PathTracerConfig:
             the paper's; more lets light reach rooms that the camera does not see in fewer frames, with less noise than
             more unbiased paths.
         unbiased_fraction: Fraction of training paths that end by Russian roulette alone.
+        record_space: "world" gives the cache positions as they are (Müller et al. 2021), "object" where the point was
+            when the scene was uploaded first, so that what moves takes along what was learned on it.
         seed: Same seed, same picture.
     """
 
@@ -48,6 +50,7 @@ class PathTracerConfig:
     max_records: int = 8
     continuation: float = 0.7
     unbiased_fraction: float = 1.0 / 16.0
+    record_space: Literal["world", "object"] = "world"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class PathTracerConfig:
             raise ValueError(f"seed must lie in 0...2^31 - 1, got {self.seed}")
         if self.max_records < 1:
             raise ValueError(f"max_records must be at least 1, got {self.max_records}")
+        if self.record_space not in ("world", "object"):
+            raise ValueError(f"record_space must be 'world' or 'object', got {self.record_space!r}")
         for name in ("continuation", "unbiased_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -144,6 +149,7 @@ class PathTracer:
         self._params.spread_threshold = config.spread_threshold
         self._params.continuation = config.continuation
         self._params.unbiased_fraction = config.unbiased_fraction
+        self._params.object_space = int(config.record_space == "object")
         self._params.box_lower = wp.vec3(*(lower - margin))
         self._params.box_upper = wp.vec3(*(upper + margin))
 

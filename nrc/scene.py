@@ -8,12 +8,10 @@ have v = 0 at the top row of the image. Colours are linear Rec. 709 RGB; radianc
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from nrc.animation import Animation
 
 MATERIAL_KINDS = (
     "diffuse",
@@ -213,6 +211,11 @@ class Mesh:
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= n):
             raise SceneError(f"mesh {self.name!r}: a triangle refers to a vertex outside 0...{n - 1}")
 
+    @cached_property
+    def box(self) -> np.ndarray:
+        """Lower and upper corner in the mesh's own space, (2, 3); of no vertices infinity and minus infinity."""
+        return np.array([self.positions.min(axis=0, initial=np.inf), self.positions.max(axis=0, initial=-np.inf)])
+
 
 @dataclass(frozen=True, eq=False)
 class Instance:
@@ -376,6 +379,23 @@ class RenderSettings:
     rr_depth: int = 5
 
 
+class Motion(Protocol):
+    """How a scene changes: `nrc.animation.Animation`, which knows scenes while scenes do not know it."""
+
+    @property
+    def duration(self) -> float:
+        """When the last change is over [s]."""
+        ...
+
+    def pose(self, scene: Scene, time: float) -> Scene:
+        """`scene` as it stands at `time` [s], sharing all that stands still."""
+        ...
+
+    def bounds(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner, (3,) each, of the geometry of all poses."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Everything a picture needs.
@@ -395,7 +415,7 @@ class Scene:
     name: str = ""
     warnings: tuple[str, ...] = ()
     instances: tuple[Instance, ...] = ()
-    animation: Animation | None = None
+    animation: Motion | None = None
 
     def __post_init__(self) -> None:
         if not any(len(mesh.indices) for mesh in self.meshes):
@@ -415,12 +435,12 @@ class Scene:
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper corner of the geometry, (3,) each; of an instance the box around its mesh's box counts."""
         placed = {instance.mesh for instance in self.instances}
-        boxes = [mesh_box(mesh) if len(mesh.positions) else None for mesh in self.meshes]
-        corners = [box for i, box in enumerate(boxes) if box is not None and i not in placed]
-        for instance in self.instances:
-            if (box := boxes[instance.mesh]) is not None:
-                corners.append(transformed_box(box, instance.to_world))
-        lower, upper = np.array(corners).transpose(1, 0, 2)
+        boxes = [mesh.box[None] for i, mesh in enumerate(self.meshes) if i not in placed]
+        for i in placed:
+            if len(self.meshes[i].positions):
+                matrices = np.array([instance.to_world for instance in self.instances if instance.mesh == i])
+                boxes.append(transformed_boxes(self.meshes[i].box, matrices))
+        lower, upper = np.concatenate(boxes).transpose(1, 0, 2)
         return lower.min(axis=0), upper.max(axis=0)
 
     @property
@@ -439,14 +459,9 @@ class Scene:
         return replace(self, settings=replace(self.settings, **changes))
 
 
-def mesh_box(mesh: Mesh) -> np.ndarray:
-    """Lower and upper corner of a mesh in its own space, (2, 3)."""
-    return np.array([mesh.positions.min(axis=0), mesh.positions.max(axis=0)])
-
-
-def transformed_box(box: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Box (2, 3) around a box (2, 3) moved by an affine (4, 4) matrix (Arvo 1990)."""
+def transformed_boxes(box: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """Boxes (n, 2, 3) around a box (2, 3) moved by each of n affine (4, 4) matrices (Arvo 1990)."""
     center, half = (box[0] + box[1]) / 2.0, (box[1] - box[0]) / 2.0
-    moved = matrix[:3, :3] @ center + matrix[:3, 3]
-    reach = np.abs(matrix[:3, :3]) @ half
-    return np.array([moved - reach, moved + reach])
+    moved = matrices[:, :3, :3] @ center + matrices[:, :3, 3]
+    reach = np.abs(matrices[:, :3, :3]) @ half
+    return np.stack([moved - reach, moved + reach], axis=1)

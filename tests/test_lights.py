@@ -10,8 +10,9 @@ import warp as wp
 from scipy import stats
 from small_scenes import GREY, floor, looking_down, mean_and_error, rectangle, render_batches
 
-from nrc.device_scene import DeviceScene, _alias_table
+from nrc.device_scene import DeviceScene
 from nrc.kernels.camera import CameraView, camera_ray
+from nrc.kernels.intersect import Hit
 from nrc.kernels.light import light_pdf_environment, light_pdf_triangle, light_sample, sample_environment
 from nrc.kernels.rng import rng_float, rng_init, rng_next
 from nrc.kernels.sampling import (
@@ -25,6 +26,7 @@ from nrc.kernels.sampling import (
 )
 from nrc.kernels.scene import SceneView
 from nrc.launch import launch
+from nrc.light_table import alias_table
 from nrc.scene import (
     Camera,
     DirectionalLight,
@@ -125,8 +127,10 @@ def draw_light(
     out_point[i] = p + s.distance * s.wi
     out_value[i] = s.value
     out_pdf[i] = s.pdf
-    triangle = int(wp.where(out_point[i][0] > 0.0, 1, 0))
-    out_pdf_again[i] = light_pdf_triangle(scene, triangle, s.distance, s.wi)
+    hit = Hit()
+    hit.face = int(wp.where(out_point[i][0] > 0.0, 1, 0))
+    hit.instance = -1
+    out_pdf_again[i] = light_pdf_triangle(scene, hit, s.distance, s.wi)
 
 
 @wp.kernel
@@ -251,7 +255,7 @@ TABLES = {
 def test_selection_follows_the_mass_function(name):
     """Alias table (exactly, and by χ²) and bisection of the CDF draw each entry with its probability."""
     pmf = TABLES[name] / TABLES[name].sum()
-    probability, alias = _alias_table(pmf)
+    probability, alias = alias_table(pmf)
     n = len(pmf)
     mass = np.bincount(alias, weights=(1.0 - probability) / n, minlength=n) + probability / n
     assert np.allclose(mass, pmf, atol=1e-12)

@@ -1,10 +1,12 @@
-"""Builds the eight-wide bounding volume hierarchy of the CPU path: binned surface area heuristic, top down."""
+"""The eight-wide bounding volume hierarchy of the CPU path: built top down by the binned surface area heuristic, and
+fitted to moved vertices bottom up."""
 
 import warp as wp
 
 wp.set_module_options({"enable_backward": False})
 
 WIDTH = 8  # children per node and triangles per leaf
+BLOCK_FLOATS = 80  # a leaf: rows of WIDTH: x y z of vertices 0, 1, 2, and the face (as bits, -1 for none)
 NODE_FLOATS = 64  # lower x y z, upper x y z, child (as bits), unused: eight rows of WIDTH
 LEAF_BIT = 1 << 31  # set in the child reference of a leaf
 SAH_DEPTH = 24  # deeper nodes are split by count, at most log8(2^31) + 1 = 11 more levels
@@ -207,3 +209,82 @@ def build_bvh(
 ):
     """Build the hierarchy of all boxes, the root in node 0. One thread."""
     _build(n_faces, boxes, order, out_nodes, out_leaves, out_counts)
+
+
+# Children come after their parents, so one sweep from the last node to the first sees every child's boxes done.
+_REFIT = f"""
+#if !defined(__CUDA_ARCH__)
+    float* nodes = (float*)node_data;
+    float* blocks = (float*)block_data;
+    const float* positions = (const float*)position_data;
+    const int* indices = (const int*)index_data;
+    const float inf = __builtin_inff();
+    float largest = 0.0f;
+    for (int leaf = 0; leaf < n_leaves; ++leaf) {{
+        float* block = blocks + (size_t)leaf * {BLOCK_FLOATS};
+        const int* face = (const int*)(block + 9 * {WIDTH});
+        for (int i = 0; i < {WIDTH}; ++i)
+            for (int k = 0; face[i] >= 0 && k < 9; ++k) {{
+                const float x = positions[3 * (size_t)indices[3 * (size_t)face[i] + k / 3] + k % 3];
+                block[k * {WIDTH} + i] = x;
+                largest = __builtin_fmaxf(largest, __builtin_fabsf(x));
+            }}
+    }}
+    const float padding = largest * 1.1920929e-7f;  // a ray along a face of a box still meets it
+    for (int n = n_nodes - 1; n >= 0; --n) {{
+        float* node = nodes + (size_t)n * {NODE_FLOATS};
+        for (int i = 0; i < {WIDTH}; ++i) {{
+            if (node[i] > node[3 * {WIDTH} + i]) continue;  // an inverted box has no child
+            const unsigned reference = ((const unsigned*)node)[6 * {WIDTH} + i];
+            for (int a = 0; a < 3; ++a) {{
+                float lower = inf, upper = -inf;
+                if (reference & {LEAF_BIT}u) {{
+                    const float* block = blocks + (size_t)(reference & {LEAF_BIT - 1}u) * {BLOCK_FLOATS};
+                    for (int j = 0; j < {WIDTH}; ++j)
+                        for (int k = a; ((const int*)(block + 9 * {WIDTH}))[j] >= 0 && k < 9; k += 3) {{
+                            lower = __builtin_fminf(lower, block[k * {WIDTH} + j]);
+                            upper = __builtin_fmaxf(upper, block[k * {WIDTH} + j]);
+                        }}
+                    lower -= padding;
+                    upper += padding;
+                }} else {{
+                    const float* child = nodes + (size_t)reference * {NODE_FLOATS};
+                    for (int j = 0; j < {WIDTH}; ++j) {{
+                        lower = __builtin_fminf(lower, child[a * {WIDTH} + j]);
+                        upper = __builtin_fmaxf(upper, child[(3 + a) * {WIDTH} + j]);
+                    }}
+                }}
+                node[a * {WIDTH} + i] = lower;
+                node[(3 + a) * {WIDTH} + i] = upper;
+            }}
+        }}
+    }}
+#endif
+"""
+
+
+@wp.func_native(_REFIT)
+def _refit(
+    n_nodes: int,
+    n_leaves: int,
+    node_data: wp.uint64,
+    block_data: wp.uint64,
+    position_data: wp.uint64,
+    index_data: wp.uint64,
+): ...
+
+
+@wp.kernel
+def refit_bvh(
+    first: int,
+    n_nodes: int,
+    n_leaves: int,
+    # In
+    positions: wp.uint64,  # (n, 3) float32 address
+    indices: wp.uint64,  # (m, 3) int32 address
+    # In/out
+    nodes: wp.uint64,  # (n_nodes, NODE_FLOATS) float32 address
+    blocks: wp.uint64,  # (n_leaves, BLOCK_FLOATS) float32 address
+):
+    """Fit triangles and boxes to moved vertices. One thread."""
+    _refit(n_nodes, n_leaves, nodes, blocks, positions, indices)

@@ -1,25 +1,44 @@
-"""Ray-triangle intersection: the closest hit and the any-hit query of the path tracer.
+"""Ray-triangle intersection: the closest hit and the any-hit query of the path tracer, over two levels.
 
-On CUDA both queries are Warp's. On the CPU they traverse an eight-wide hierarchy (`nrc.kernels.bvh_build`) and test
-the eight boxes of a node, or the eight triangles of a leaf, at once with Clang's portable vector types.
+The scene is one hierarchy over the triangles that stand in world space, and one over the boxes of instances, below
+which lies a hierarchy for each mesh that instances share; rays are moved into its space with their length, so that
+distances compare. On CUDA the queries are Warp's. On the CPU they traverse eight-wide hierarchies
+(`nrc.kernels.bvh_build`) and test the eight boxes of a node, or the eight triangles of a leaf, at once with Clang's
+portable vector types.
 """
 
 import warp as wp
 
-from nrc.kernels.bvh_build import LEAF_BIT, NODE_FLOATS, STACK_SIZE, WIDTH
+from nrc.kernels.bvh_build import BLOCK_FLOATS, LEAF_BIT, NODE_FLOATS, STACK_SIZE, WIDTH
 
 wp.set_module_options({"enable_backward": False})
 
-BLOCK_FLOATS = 80  # a leaf: rows of WIDTH: x y z of vertices 0, 1, 2, and the face (as bits)
+
+@wp.struct
+class InstanceView:
+    """`nrc.scene.Instance` with the hierarchy of its mesh; one that cannot be hit has none."""
+
+    to_world: wp.mat44
+    to_object: wp.mat44
+    rest_to_world: wp.mat44  # where it stood when the scene was uploaded first
+    facing: float  # -1 where to_world reflects, else 1
+    first_face: int  # number of its mesh's first triangle in the scene
+    first_light: int  # light table index of its first emissive triangle
+    mesh: wp.uint64  # CUDA: id of the wp.Mesh
+    nodes: wp.uint64  # CPU: (n_nodes, NODE_FLOATS) float32
+    blocks: wp.uint64  # CPU: (n_leaves, BLOCK_FLOATS) float32
 
 
 @wp.struct
 class Accel:
-    """Acceleration structure of a mesh, filled by `nrc.bvh.Bvh`: a Warp mesh, or two addresses on the CPU."""
+    """Acceleration structure, filled by `nrc.bvh`: Warp's on CUDA, addresses on the CPU; 0 where there is nothing."""
 
-    mesh: wp.uint64  # CUDA: id of the wp.Mesh, 0 without triangles
+    mesh: wp.uint64  # CUDA: id of the wp.Mesh in world space
     nodes: wp.uint64  # CPU: (n_nodes, NODE_FLOATS) float32
     blocks: wp.uint64  # CPU: (n_leaves, BLOCK_FLOATS) float32
+    instance_bvh: wp.uint64  # CUDA: id of the wp.Bvh over instances
+    instance_nodes: wp.uint64  # CPU: (n_nodes, NODE_FLOATS) float32, whose leaves are instances
+    instances: wp.array[InstanceView]
 
 
 @wp.struct
@@ -28,6 +47,7 @@ class Hit:
 
     t: float
     face: int
+    instance: int  # -1 for triangles in world space
     u: float
     v: float
 
@@ -35,7 +55,7 @@ class Hit:
 # Slabs: (plane - o) / d with the exit distance enlarged to cover rounding (Ize 2013), also that of the triangle test.
 # Triangles: Woop, Benthin and Wald 2013, "Watertight Ray/Triangle Intersection". The edge functions are evaluated as
 # Kahan's difference of products, so that their sign is exact and neighbours agree about their shared edge.
-_TRAVERSE = f"""
+_WALK = f"""
     typedef float F __attribute__((vector_size({4 * WIDTH})));
     typedef bool B __attribute__((ext_vector_type({WIDTH})));
     const F zero = {{}};
@@ -52,31 +72,82 @@ _TRAVERSE = f"""
         F cd = c * d;
         return __builtin_elementwise_fma(a, b, -cd) + __builtin_elementwise_fma(-c, d, cd);
     }};
-    const F* nodes = (const F*)accel.nodes;
-    const F* blocks = (const F*)accel.blocks;
-
-    // Rows of a node's near planes; those of the far planes are three on or back.
-    float inv[3];
-    int near_row[3], far_row[3];
-    for (int a = 0; a < 3; ++a) {{
-        inv[a] = 1.0f / (__builtin_fabsf(d[a]) > 1e-20f ? d[a] : __builtin_copysignf(1e-20f, d[a]));
-        near_row[a] = inv[a] < 0.0f ? 3 + a : a;
-        far_row[a] = inv[a] < 0.0f ? a : 3 + a;
-    }}
-
-    // Shear that turns the ray into the z axis.
-    int kz = __builtin_fabsf(d[0]) > __builtin_fabsf(d[1]) ? 0 : 1;
-    if (__builtin_fabsf(d[2]) > __builtin_fabsf(d[kz])) kz = 2;
-    const int kx = (kz + 1) % 3, ky = (kz + 2) % 3;
-    const float sz = 1.0f / d[kz], sx = d[kx] * sz, sy = d[ky] * sz;
-
-    unsigned long long stack[{STACK_SIZE}];  // entry distance (non-negative, so its bits sort) and reference
-    int size = 0;
-    unsigned current = 0;
     float t = t_max;
-    while (true) {{
-        if (current & {LEAF_BIT}u) {{
-            const F* block = blocks + (size_t)(current & {LEAF_BIT - 1}u) * {BLOCK_FLOATS // WIDTH};
+
+    // Visit the leaves that the ray meets before t, until `leaf` says true.
+    auto walk = [&](wp::uint64 node_data, const wp::vec3& o, const wp::vec3& d, auto leaf)
+        __attribute__((always_inline)) {{
+        const F* nodes = (const F*)node_data;
+        // Rows of a node's near planes; those of the far planes are three on or back.
+        float inv[3];
+        int near_row[3], far_row[3];
+        for (int a = 0; a < 3; ++a) {{
+            inv[a] = 1.0f / (__builtin_fabsf(d[a]) > 1e-20f ? d[a] : __builtin_copysignf(1e-20f, d[a]));
+            near_row[a] = inv[a] < 0.0f ? 3 + a : a;
+            far_row[a] = inv[a] < 0.0f ? a : 3 + a;
+        }}
+        unsigned long long stack[{STACK_SIZE}];  // entry distance (non-negative, so its bits sort) and reference
+        int size = 0;
+        unsigned current = 0;
+        while (true) {{
+            if (current & {LEAF_BIT}u) {{
+                if (leaf(current & {LEAF_BIT - 1}u)) return true;
+            }} else {{
+                const F* node = nodes + (size_t)current * {NODE_FLOATS // WIDTH};
+                F enter = larger(
+                    larger((node[near_row[0]] - o[0]) * inv[0], (node[near_row[1]] - o[1]) * inv[1]),
+                    larger((node[near_row[2]] - o[2]) * inv[2], zero));
+                F leave = smaller(
+                    smaller((node[far_row[0]] - o[0]) * inv[0], (node[far_row[1]] - o[1]) * inv[1]),
+                    smaller((node[far_row[2]] - o[2]) * inv[2], zero + t));
+                unsigned children = bits(enter <= leave * 1.000001f);
+                if (children) {{
+                    const unsigned* reference = (const unsigned*)(node + 6);
+                    unsigned entry_bits[{WIDTH}];
+                    __builtin_memcpy(entry_bits, &enter, sizeof(enter));
+                    auto take = [&]() {{
+                        const unsigned i = __builtin_ctz(children);
+                        children &= children - 1;
+                        return (unsigned long long)entry_bits[i] << 32 | reference[i];
+                    }};
+                    unsigned long long nearest = take();
+                    const int base = size;
+                    while (children) {{
+                        unsigned long long entry = take();
+                        if (ordered && entry < nearest) {{
+                            const unsigned long long swapped = entry;
+                            entry = nearest;
+                            nearest = swapped;
+                        }}
+                        int place = size++;
+                        for (; ordered && place > base && stack[place - 1] < entry; --place)
+                            stack[place] = stack[place - 1];
+                        stack[place] = entry;
+                    }}
+                    current = (unsigned)nearest;
+                    continue;
+                }}
+            }}
+            unsigned t_bits;
+            __builtin_memcpy(&t_bits, &t, 4);
+            do {{
+                if (!size) return false;
+                current = (unsigned)stack[--size];
+            }} while ((unsigned)(stack[size] >> 32) > t_bits);
+        }}
+    }};
+
+    // Visit the triangles that the ray meets before t, until `found` says true.
+    auto triangles = [&](wp::uint64 node_data, wp::uint64 block_data, const wp::vec3& o, const wp::vec3& d, auto found)
+        __attribute__((always_inline)) {{
+        const F* blocks = (const F*)block_data;
+        // Shear that turns the ray into the z axis.
+        int kz = __builtin_fabsf(d[0]) > __builtin_fabsf(d[1]) ? 0 : 1;
+        if (__builtin_fabsf(d[2]) > __builtin_fabsf(d[kz])) kz = 2;
+        const int kx = (kz + 1) % 3, ky = (kz + 2) % 3;
+        const float sz = 1.0f / d[kz], sx = d[kx] * sz, sy = d[ky] * sz;
+        return walk(node_data, o, d, [&](unsigned leaf) __attribute__((always_inline)) {{
+            const F* block = blocks + (size_t)leaf * {BLOCK_FLOATS // WIDTH};
             F az = block[kz] - o[kz], bz = block[3 + kz] - o[kz], cz = block[6 + kz] - o[kz];
             F ax = sheared(block[kx] - o[kx], sx, az), ay = sheared(block[ky] - o[ky], sy, az);
             F bx = sheared(block[3 + kx] - o[kx], sx, bz), by = sheared(block[3 + ky] - o[ky], sy, bz);
@@ -88,54 +159,19 @@ _TRAVERSE = f"""
             F most = larger(u, larger(v, w));
             F det = u + v + w;
             auto inside = ((least >= 0.0f) | (most <= 0.0f)) & (det != 0.0f);
-            if (bits(inside)) {{
-                F distance = (u * az + v * bz + w * cz) * sz / det;
-                unsigned hits = bits(inside & (distance > 0.0f) & (distance < t));
-                ON_HITS
-            }}
-        }} else {{
-            const F* node = nodes + (size_t)current * {NODE_FLOATS // WIDTH};
-            F enter = larger(
-                larger((node[near_row[0]] - o[0]) * inv[0], (node[near_row[1]] - o[1]) * inv[1]),
-                larger((node[near_row[2]] - o[2]) * inv[2], zero));
-            F leave = smaller(
-                smaller((node[far_row[0]] - o[0]) * inv[0], (node[far_row[1]] - o[1]) * inv[1]),
-                smaller((node[far_row[2]] - o[2]) * inv[2], zero + t));
-            unsigned children = bits(enter <= leave * 1.000001f);
-            if (children) {{
-                const unsigned* reference = (const unsigned*)(node + 6);
-                unsigned entry_bits[{WIDTH}];
-                __builtin_memcpy(entry_bits, &enter, sizeof(enter));
-                auto take = [&]() {{
-                    const unsigned i = __builtin_ctz(children);
-                    children &= children - 1;
-                    return (unsigned long long)entry_bits[i] << 32 | reference[i];
-                }};
-                unsigned long long nearest = take();
-                const int base = size;
-                while (children) {{
-                    unsigned long long entry = take();
-                    if (ordered && entry < nearest) {{
-                        const unsigned long long swapped = entry;
-                        entry = nearest;
-                        nearest = swapped;
-                    }}
-                    int place = size++;
-                    for (; ordered && place > base && stack[place - 1] < entry; --place)
-                        stack[place] = stack[place - 1];
-                    stack[place] = entry;
-                }}
-                current = (unsigned)nearest;
-                continue;
-            }}
-        }}
-        unsigned t_bits;
-        __builtin_memcpy(&t_bits, &t, 4);
-        do {{
-            if (!size) RETURN;
-            current = (unsigned)stack[--size];
-        }} while ((unsigned)(stack[size] >> 32) > t_bits);
-    }}
+            if (!bits(inside)) return false;
+            F distance = (u * az + v * bz + w * cz) * sz / det;
+            unsigned hits = bits(inside & (distance > 0.0f) & (distance < t));
+            return hits ? found(hits, distance, v, w, det, (const int*)(block + 9)) : false;
+        }});
+    }};
+"""
+
+# A ray in an instance's space. Its direction keeps the length that the transform gives it.
+_INTO_OBJECT = """
+    const auto& instance = accel.instances.data[i];
+    const wp::vec3 p = wp::transform_point(instance.to_object, o);
+    const wp::vec3 r = wp::transform_vector(instance.to_object, d);
 """
 
 _CLOSEST = f"""
@@ -147,32 +183,78 @@ _CLOSEST = f"""
         hit.u = weight_1;
         hit.v = 1.0f - weight_0 - weight_1;
     }}
+    if (accel.instance_bvh) {{
+        wp::bvh_query_t query = wp::bvh_query_ray(accel.instance_bvh, o, d, -1);
+        int i;
+        while (wp::bvh_query_ray_next(query, i, hit.t)) {{
+            {_INTO_OBJECT}
+            float distance;
+            int face;
+            if (instance.mesh
+                && wp::mesh_query_ray(instance.mesh, p, r, hit.t, distance, weight_0, weight_1, sign, normal, face)) {{
+                hit.t = distance;
+                hit.u = weight_1;
+                hit.v = 1.0f - weight_0 - weight_1;
+                hit.face = instance.first_face + face;
+                hit.instance = i;
+            }}
+        }}
+    }}
 #else
     const bool ordered = true;
-    {
-    _TRAVERSE.replace("RETURN", "return").replace(
-        "ON_HITS",
-        '''while (hits) {
-                    unsigned i = __builtin_ctz(hits);
-                    hits &= hits - 1;
-                    if (distance[i] < t) {
-                        hit.t = t = distance[i];
-                        hit.u = v[i] / det[i];
-                        hit.v = w[i] / det[i];
-                        hit.face = ((const int*)(block + 9))[i];
-                    }
-                }''',
-    )
-}
+    {_WALK}
+    auto closest = [&](wp::uint64 nodes, wp::uint64 blocks, const wp::vec3& p, const wp::vec3& r, int first, int i)
+        __attribute__((noinline)) {{
+        triangles(nodes, blocks, p, r, [&](unsigned hits, F distance, F v, F w, F det, const int* face) {{
+            while (hits) {{
+                unsigned k = __builtin_ctz(hits);
+                hits &= hits - 1;
+                if (distance[k] < t) {{
+                    hit.t = t = distance[k];
+                    hit.u = v[k] / det[k];
+                    hit.v = w[k] / det[k];
+                    hit.face = first + face[k];
+                    hit.instance = i;
+                }}
+            }}
+            return false;
+        }});
+    }};
+    if (accel.nodes) closest(accel.nodes, accel.blocks, o, d, 0, -1);
+    if (accel.instance_nodes) {{
+        walk(accel.instance_nodes, o, d, [&](unsigned i) {{
+            {_INTO_OBJECT}
+            if (instance.nodes) closest(instance.nodes, instance.blocks, p, r, instance.first_face, i);
+            return false;
+        }});
+    }}
 #endif
 """
 
 _OCCLUDED = f"""
 #if defined(__CUDA_ARCH__)
-    return accel.mesh && wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max);
+    if (accel.mesh && wp::mesh_query_ray_anyhit(accel.mesh, o, d, t_max)) return true;
+    if (accel.instance_bvh) {{
+        wp::bvh_query_t query = wp::bvh_query_ray(accel.instance_bvh, o, d, -1);
+        int i;
+        while (wp::bvh_query_ray_next(query, i, t_max)) {{
+            {_INTO_OBJECT}
+            if (instance.mesh && wp::mesh_query_ray_anyhit(instance.mesh, p, r, t_max)) return true;
+        }}
+    }}
+    return false;
 #else
     const bool ordered = false;  // any order will do, and sorting costs more than it saves
-    {_TRAVERSE.replace("RETURN", "return false").replace("ON_HITS", "if (hits) return true;")}
+    {_WALK}
+    auto any = [&](wp::uint64 nodes, wp::uint64 blocks, const wp::vec3& p, const wp::vec3& r)
+        __attribute__((noinline)) {{
+        return triangles(nodes, blocks, p, r, [](unsigned, F, F, F, F, const int*) {{ return true; }});
+    }};
+    if (accel.nodes && any(accel.nodes, accel.blocks, o, d)) return true;
+    return accel.instance_nodes && walk(accel.instance_nodes, o, d, [&](unsigned i) {{
+        {_INTO_OBJECT}
+        return instance.nodes && any(instance.nodes, instance.blocks, p, r);
+    }});
 #endif
 """
 
@@ -191,6 +273,7 @@ def ray_closest(accel: Accel, o: wp.vec3, d: wp.vec3, t_max: float) -> Hit:
     hit = Hit()
     hit.t = t_max
     hit.face = -1
+    hit.instance = -1
     _query_closest(accel, o, d, t_max, hit)
     return hit
 

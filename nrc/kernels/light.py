@@ -21,7 +21,9 @@ from nrc.kernels.scene import (
     LIGHT_TRIANGLE,
     SceneView,
     emitted_radiance,
+    hit_light,
     hit_opacity,
+    triangle_edges,
     triangle_normal,
 )
 
@@ -89,12 +91,13 @@ def light_pdf_environment(scene: wp.ref[SceneView], d: wp.vec3) -> float:
 
 
 @wp.func
-def light_pdf_triangle(scene: wp.ref[SceneView], triangle: int, distance: float, d: wp.vec3) -> float:
-    """Density with which light sampling finds the point at `distance` along `d` on an emissive triangle."""
-    light = scene.triangle_light[triangle]
+def light_pdf_triangle(scene: wp.ref[SceneView], hit: Hit, distance: float, d: wp.vec3) -> float:
+    """Density with which light sampling finds the point hit at `distance` along `d`, on an emissive triangle."""
+    light = hit_light(scene, hit.face, hit.instance)
     if light < 0:
         return 0.0
-    projected = 0.5 * wp.abs(wp.dot(triangle_normal(scene, triangle), d))  # area · cos
+    _, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
+    projected = 0.5 * wp.abs(wp.dot(wp.cross(e1, e2), d))  # area · cos
     if projected < 1.0e-20:
         return 0.0
     return scene.light_pmf[light] * distance * distance / projected
@@ -147,10 +150,7 @@ def light_sample(scene: wp.ref[SceneView], p: wp.vec3, u_select: float, u: wp.ve
     pmf = scene.light_pmf[i]
     light = scene.lights[i]
     if light.kind == LIGHT_TRIANGLE:
-        vertices = scene.indices[light.triangle]
-        p0 = scene.positions[vertices[0]]
-        e1 = scene.positions[vertices[1]] - p0
-        e2 = scene.positions[vertices[2]] - p0
+        p0, e1, e2 = triangle_edges(scene, light.triangle, light.instance)
         b = square_to_uniform_triangle(u)
         to_light = p0 + b[0] * e1 + b[1] * e2 - p
         distance2 = wp.dot(to_light, to_light)
@@ -158,12 +158,14 @@ def light_sample(scene: wp.ref[SceneView], p: wp.vec3, u_select: float, u: wp.ve
             return result
         result.distance = wp.sqrt(distance2)
         result.wi = to_light / result.distance
-        cos_area = -wp.dot(wp.cross(e1, e2), result.wi)  # cosine times twice the area
+        # Cosine times twice the area
+        cos_area = -wp.dot(triangle_normal(scene, light.instance, e1, e2), result.wi)
         projected = 0.5 * wp.abs(cos_area)
         if projected < 1.0e-20:
             return result
         hit = Hit()
         hit.face = light.triangle
+        hit.instance = light.instance
         hit.t = result.distance
         hit.u = b[0]
         hit.v = b[1]

@@ -65,6 +65,7 @@ class LightView:
 
     kind: int
     triangle: int
+    instance: int  # that the triangle belongs to, -1 in world space
     position: wp.vec3
     direction: wp.vec3  # the way the light travels
     intensity: wp.vec3  # [W sr^-1], or [W m^-2] for directional lights
@@ -75,10 +76,14 @@ class LightView:
 
 @wp.struct
 class SceneView:
-    """Scene arrays; triangles are numbered over all meshes."""
+    """Scene arrays; triangles are numbered over all meshes, those in world space first.
+
+    Vertices of meshes that instances place are in the mesh's own space.
+    """
 
     accel: Accel
     positions: wp.array[wp.vec3]
+    rest_positions: wp.array[wp.vec3]  # where they were when the scene was uploaded first
     indices: wp.array[wp.vec3i]
     normals: wp.array[wp.vec3]
     uv0: wp.array[wp.vec2]
@@ -88,7 +93,7 @@ class SceneView:
     triangle_material: wp.array[int]
     triangle_mesh: wp.array[int]  # index into the host scene's meshes
     triangle_attributes: wp.array[int]  # HAS_* flags
-    triangle_light: wp.array[int]  # light table index, -1 for triangles that do not emit
+    triangle_light: wp.array[int]  # light table index, counted from the instance's first; -1: does not emit
     materials: wp.array[MaterialView]
     textures: wp.array[TextureView]
     texels: wp.array[wp.uint32]
@@ -198,17 +203,64 @@ def offset_origin(p: wp.vec3, ng: wp.vec3, d: wp.vec3) -> wp.vec3:
 
 
 @wp.func
-def triangle_normal(scene: wp.ref[SceneView], triangle: int) -> wp.vec3:
-    """Normal of a triangle's front side with the length of twice its area."""
-    vertices = scene.indices[triangle]
+def triangle_edges(scene: wp.ref[SceneView], face: int, instance: int) -> tuple[wp.vec3, wp.vec3, wp.vec3]:
+    """First vertex of a triangle in world space, and its edges to the second and third."""
+    vertices = scene.indices[face]
     p0 = scene.positions[vertices[0]]
-    return wp.cross(scene.positions[vertices[1]] - p0, scene.positions[vertices[2]] - p0)
+    e1 = scene.positions[vertices[1]] - p0
+    e2 = scene.positions[vertices[2]] - p0
+    if instance >= 0:
+        to_world = scene.accel.instances[instance].to_world
+        p0 = wp.transform_point(to_world, p0)
+        e1 = wp.transform_vector(to_world, e1)
+        e2 = wp.transform_vector(to_world, e2)
+    return p0, e1, e2
+
+
+@wp.func
+def triangle_normal(scene: wp.ref[SceneView], instance: int, e1: wp.vec3, e2: wp.vec3) -> wp.vec3:
+    """Normal of the front of a triangle with these edges in world space, with the length of twice its area."""
+    n = wp.cross(e1, e2)
+    if instance >= 0:
+        n = n * scene.accel.instances[instance].facing
+    return n
+
+
+@wp.func
+def hit_position(scene: wp.ref[SceneView], hit: Hit) -> wp.vec3:
+    """World space position of a hit, also in another pose of the scene than the one that was hit."""
+    p0, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
+    return p0 + hit.u * e1 + hit.v * e2
+
+
+@wp.func
+def rest_position(scene: wp.ref[SceneView], hit: Hit) -> wp.vec3:
+    """Where the hit point was, in world space, when the scene was uploaded first."""
+    vertices = scene.indices[hit.face]
+    p = (
+        (1.0 - hit.u - hit.v) * scene.rest_positions[vertices[0]]
+        + hit.u * scene.rest_positions[vertices[1]]
+        + hit.v * scene.rest_positions[vertices[2]]
+    )
+    if hit.instance >= 0:
+        p = wp.transform_point(scene.accel.instances[hit.instance].rest_to_world, p)
+    return p
 
 
 @wp.func
 def pass_through(scene: wp.ref[SceneView], hit: Hit, o: wp.vec3, d: wp.vec3) -> wp.vec3:
     """Origin of the ray from `o` along `d` behind the surface it hit."""
-    return offset_origin(o + hit.t * d, wp.normalize(triangle_normal(scene, hit.face)), d)
+    _, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
+    return offset_origin(o + hit.t * d, wp.normalize(wp.cross(e1, e2)), d)
+
+
+@wp.func
+def hit_light(scene: wp.ref[SceneView], face: int, instance: int) -> int:
+    """Light table index of a triangle, -1 for one that does not emit."""
+    light = scene.triangle_light[face]
+    if light >= 0 and instance >= 0:
+        light += scene.accel.instances[instance].first_light
+    return light
 
 
 @wp.func
@@ -257,12 +309,13 @@ def shading_frame(
     w = 1.0 - hit.u - hit.v
     if material.needs_tangent == 0:
         return frame_from_normal(n)
-    p0 = scene.positions[vertices[0]]
-    e1 = scene.positions[vertices[1]] - p0
-    e2 = scene.positions[vertices[2]] - p0
+    _, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
     dp_du = e1
     dp_dv = e2
-    handedness = float(1.0)
+    facing = float(1.0)
+    if hit.instance >= 0:
+        facing = scene.accel.instances[hit.instance].facing
+    handedness = facing
     if (attributes & HAS_UV) != 0:
         t0 = scene.uv0[vertices[0]]
         d1 = scene.uv0[vertices[1]] - t0
@@ -271,13 +324,15 @@ def shading_frame(
         if wp.abs(determinant) > 1.0e-20:
             dp_du = (d2[1] * e1 - d1[1] * e2) / determinant
             dp_dv = (d1[0] * e2 - d2[0] * e1) / determinant
-            handedness = wp.where(determinant < 0.0, 1.0, -1.0)  # v runs down the image, the bitangent up
+            handedness = wp.where(determinant < 0.0, facing, -facing)  # v runs down the image, the bitangent up
     if (attributes & HAS_TANGENTS) != 0:
         tangent = (
             w * scene.tangents[vertices[0]] + hit.u * scene.tangents[vertices[1]] + hit.v * scene.tangents[vertices[2]]
         )
         dp_du = wp.vec3(tangent[0], tangent[1], tangent[2])
-        handedness = wp.where(scene.tangents[vertices[0]][3] < 0.0, -1.0, 1.0)
+        if hit.instance >= 0:
+            dp_du = wp.transform_vector(scene.accel.instances[hit.instance].to_world, dp_du)
+        handedness = wp.where(scene.tangents[vertices[0]][3] < 0.0, -facing, facing)
     frame = frame_from_tangent(n, dp_du)
     if material.bump_texture >= 0:
         # Displaced surface p + h n (Blinn 1978), derivatives of h by central differences well inside a texel.
@@ -350,11 +405,9 @@ def is_consistent(surface: wp.ref[Surface], wi: wp.vec3, cos_mapped: float) -> b
 def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref[Surface]):
     """Fill `surface` with everything the integrator needs at a hit of a ray with direction `d`."""
     vertices = scene.indices[hit.face]
-    p0 = scene.positions[vertices[0]]
-    e1 = scene.positions[vertices[1]] - p0
-    e2 = scene.positions[vertices[2]] - p0
+    p0, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
     surface.p = p0 + hit.u * e1 + hit.v * e2
-    surface.ng = wp.normalize(wp.cross(e1, e2))
+    surface.ng = wp.normalize(triangle_normal(scene, hit.instance, e1, e2))
     m = scene.triangle_material[hit.face]
     surface.bsdf = scene.materials[m].bsdf
     surface.two_sided = scene.materials[m].two_sided
@@ -369,6 +422,9 @@ def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref
     if (scene.triangle_attributes[hit.face] & HAS_NORMALS) != 0:
         w = 1.0 - hit.u - hit.v
         n = w * scene.normals[vertices[0]] + hit.u * scene.normals[vertices[1]] + hit.v * scene.normals[vertices[2]]
+        if hit.instance >= 0:
+            # Normals move by the inverse transpose, which a reflection leaves on their side.
+            n = wp.transform_vector(wp.transpose(scene.accel.instances[hit.instance].to_object), n)
         length = wp.length(n)
         if length > 1.0e-6:
             n = n / length
@@ -377,5 +433,5 @@ def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref
     surface.n = n
     surface.is_mapped = wp.max(scene.materials[m].normal_texture, scene.materials[m].bump_texture) + 1
     surface.frame = shading_frame(scene, hit, scene.materials[m], n, uv0, uv1)
-    if scene.triangle_light[hit.face] >= 0:
+    if hit_light(scene, hit.face, hit.instance) >= 0:
         surface.emission = emitted_radiance(scene, hit, -wp.dot(surface.ng, d))

@@ -44,6 +44,7 @@ from nrc.kernels.scene import (
     is_consistent,
     offset_origin,
     pass_through,
+    rest_position,
     shadow_transmittance,
 )
 
@@ -78,6 +79,7 @@ class TraceParams:
     max_depth: int  # edges from the camera
     rr_depth: int
     spread_threshold: float  # c of Eq. 4, Müller et al. 2021
+    object_space: int  # whether the cache knows points by where they were at rest
     box_lower: wp.vec3  # where the cache is defined
     box_upper: wp.vec3
     tiles: TrainingTiles
@@ -86,11 +88,11 @@ class TraceParams:
 
 
 @wp.func
-def write_record(view: RecordView, i: int, surface: wp.ref[Surface], wo: wp.vec3, wo_local: wp.vec3):
-    """Describe the surface point to the cache; `wo_local` is in the (turned) shading frame."""
+def write_record(view: RecordView, i: int, position: wp.vec3, surface: wp.ref[Surface], wo: wp.vec3, wo_local: wp.vec3):
+    """Describe the surface point to the cache, which knows it as `position`; `wo_local` is in the shading frame."""
     albedo = bsdf_albedo(surface.bsdf, wo_local)
     roughness = bsdf_roughness(surface.bsdf)
-    store_record(view, i, surface.p, wo, surface.frame.n, roughness, albedo.diffuse, albedo.specular)
+    store_record(view, i, position, wo, surface.frame.n, roughness, albedo.diffuse, albedo.specular)
 
 
 @wp.kernel
@@ -186,7 +188,7 @@ def trace_paths(
         if max_component(surface.emission) > 0.0:
             value = surface.emission
             if delta == 0:
-                value *= pdf / (pdf + light_pdf_triangle(scene, hit.face, distance, d))
+                value *= pdf / (pdf + light_pdf_triangle(scene, hit, distance, d))
             if suffix == 0:
                 L += wp.cw_mul(beta, value)
             A += wp.cw_mul(B, value)
@@ -204,12 +206,15 @@ def trace_paths(
             flip = -1.0
             wo_local = wp.vec3(wo_local[0], wo_local[1], -wo_local[2])
         smooth = bsdf_has_smooth_lobe(surface.bsdf)
-        cacheable = smooth and inside_box(surface.p, params.box_lower, params.box_upper)
+        position = surface.p
+        if params.object_space != 0:
+            position = rest_position(scene, hit)
+        cacheable = smooth and inside_box(position, params.box_lower, params.box_upper)
         if integrator != INTEGRATOR_PATH and cacheable:
             wide = has_spread(spread, footprint, params.spread_threshold)
             if suffix == 0:
                 if (wide and vertex > 0) or integrator == INTEGRATOR_CACHE:
-                    write_record(out_query, i, surface, wo, wo_local)
+                    write_record(out_query, i, position, surface, wo, wo_local)
                     out_query_weight[i] = beta
                     out_query_spread[i] = spread * spread / footprint
                     query_vertex = vertex + 1
@@ -223,7 +228,7 @@ def trace_paths(
             elif wide and unbiased == 0:
                 rng = rng_next(rng)
                 if rng_float(rng) >= params.continuation:
-                    write_record(out_training.tail, slot, surface, wo, wo_local)
+                    write_record(out_training.tail, slot, position, surface, wo, wo_local)
                     tail = 1
                     break
                 spread = float(0.0)
@@ -239,7 +244,7 @@ def trace_paths(
 
         if slot >= 0 and cacheable and n_records < out_training.max_records:
             place = open_record(out_training, slot, n_records, A, B)
-            write_record(out_training.records, place, surface, wo, wo_local)
+            write_record(out_training.records, place, position, surface, wo, wo_local)
             n_records += 1
             A = wp.vec3(0.0, 0.0, 0.0)
             B = wp.vec3(1.0, 1.0, 1.0)
