@@ -39,6 +39,7 @@ from nrc.scene import (
     transformed_boxes,
 )
 from nrc.texture_table import TextureTable, packed_images
+from nrc.transforms import cofactors, is_singular
 
 _ALPHA = {"opaque": 0, "mask": 1, "blend": 2}
 _TEXTURE_FIELDS = tuple(name for name in Material.__dataclass_fields__ if name.endswith("_texture"))
@@ -214,15 +215,14 @@ class DeviceScene:
     def _fill_instances(self, accel: Any, first_light: dict[int, int], earlier: DeviceScene | None) -> None:
         instances = self.scene.instances
         to_world = np.array([instance.to_world for instance in instances], float)
-        determinant = np.linalg.det(to_world[:, :3, :3])
-        usable = np.isfinite(determinant) & (np.abs(determinant) > 1e-30)
+        usable = np.array([not is_singular(matrix) for matrix in to_world])
         same = earlier is not None and earlier._placed == self._placed
         self._rest_to_world = earlier._rest_to_world if earlier and same else to_world
         instance_view: Any = InstanceView  # wp.struct adds numpy_dtype
         rows: Any = np.zeros(len(instances), instance_view.numpy_dtype())
         rows["to_world"], rows["rest_to_world"] = to_world, self._rest_to_world
         rows["to_object"][usable] = np.linalg.inv(to_world[usable])
-        rows["facing"] = np.where(determinant < 0.0, -1.0, 1.0)
+        rows["facing"] = np.where(np.linalg.det(to_world[:, :3, :3]) < 0.0, -1.0, 1.0)
         rows["first_light"] = [first_light.get(i, 0) for i in range(len(instances))]
         boxes = np.zeros((len(instances), 2, 3))
         placed = np.array(self._placed)
@@ -346,9 +346,8 @@ class DeviceScene:
                 emitters.append(EmissiveTriangles(faces, np.linalg.norm(normals, axis=1) / 2.0, radiance))
                 continue
             for k in np.flatnonzero(np.array([instance.mesh == i for instance in self.scene.instances])):
-                a, b, c = np.asarray(self.scene.instances[k].to_world, float)[:3, :3].T  # columns
-                cofactor = np.column_stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)])
-                areas = np.linalg.norm(normals @ cofactor.T, axis=1) / 2.0
+                moved = normals @ cofactors(np.asarray(self.scene.instances[k].to_world, float)[:3, :3]).T
+                areas = np.linalg.norm(moved, axis=1) / 2.0
                 emitters.append(EmissiveTriangles(faces, areas, radiance, int(k)))
         return emitters, per_mesh
 
