@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from nrc import assets, cli_fit, cli_view, launch
-from nrc.cli_arguments import UsageError, add_device, parse_defines, positive_float, positive_int, say, use_threads
-from nrc.image import read_linear, to_srgb8, write_exr, write_image
+from nrc import assets, cli_fit, cli_render, cli_view, launch
+from nrc.cli_arguments import add_device, positive_float, positive_int, say, use_threads
+from nrc.cli_scene import add_render_options, add_scene, load_scene, picture_size, tracer_config
+from nrc.image import read_linear, write_image
 from nrc.metrics import compare, difference_picture
-from nrc.scene import Scene
-
-PICTURE_FORMATS = (".exr", ".png", ".hdr")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,21 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("nrc"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    render = commands.add_parser("render", help="render a scene")
-    _add_scene(render)
-    _add_render_options(render)
-    render.add_argument("--integrator", choices=("path", "nrc", "cache"), default="nrc", help="default: nrc")
-    render.add_argument("--spp", type=positive_int, help="samples per pixel (default: the scene's)")
-    render.add_argument(
-        "--seconds",
-        type=positive_float,
-        help="stop after this long in all, compilation excluded",
-    )
-    render.add_argument("--aov", action="store_true", help="add first-hit layers and views of the cache (EXR only)")
-    render.add_argument("--out", type=Path, help=".exr, .png or .hdr (default: SCENE.exr); an EXR gets a PNG too")
-    render.add_argument("--reference", type=Path, help="picture to compare with; its size is the default")
-    render.add_argument("--resume", action="store_true", help="continue from OUT.checkpoint")
-    render.set_defaults(run=_render)
+    render = cli_render.add_command(commands)
 
     scenes = commands.add_parser("scenes", help="list the built-in scenes")
     scenes.set_defaults(run=_scenes)
@@ -81,16 +62,16 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
     cache = bench.add_parser("cache", help="path tracing and the cache, from untrained, for equal time")
-    _add_scene(cache)
-    _add_render_options(cache)
+    add_scene(cache)
+    add_render_options(cache)
     cache.add_argument("--seconds", type=positive_float, default=20.0, help="for each of the two (default: 20)")
     cache.add_argument("--reference", type=Path, required=True, help="converged picture of the same size")
     cache.add_argument("--out", type=Path, help="folder for path.exr and nrc.exr")
     cache.add_argument("--mitsuba", action="store_true", help="also Mitsuba's path integrator (llvm_ad_rgb), same time")
     cache.set_defaults(run=_bench_cache)
     rays = bench.add_parser("rays", help="path tracing throughput beside Mitsuba's")
-    _add_scene(rays)
-    _add_render_options(rays)
+    add_scene(rays)
+    add_render_options(rays)
     rays.add_argument("--seconds", type=positive_float, default=10.0, help="for each of the two (default: 10)")
     rays.set_defaults(run=_bench_rays)
 
@@ -106,162 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (render, view, scenes, compared, info, cache, rays, field, *cli_fit.add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
-
-
-def _add_scene(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "scene", nargs="?", default="cornell_box", help="built-in name, glTF, GLB, OBJ, PLY, STL, JSON or Mitsuba XML"
-    )
-    parser.add_argument(
-        "-D",
-        dest="defines",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="parameter of a Mitsuba XML file; may be repeated",
-    )
-
-
-def _add_render_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=positive_int, help="[px]")
-    parser.add_argument("--height", type=positive_int, help="[px]")
-    parser.add_argument("--max-depth", type=int, help="longest path in edges, -1 for no limit (default: the scene's)")
-    parser.add_argument("--rr-depth", type=int, help="edges before Russian roulette (default: the scene's)")
-    parser.add_argument("--threshold", type=float, default=0.01, help="spread c that ends a path in the cache (0.01)")
-    parser.add_argument("--encoding", choices=("hash", "frequency"), default="hash", help="of the cache (hash)")
-    parser.add_argument("--seed", type=int, default=0)
-    add_device(parser)
-
-
-def _load(arguments: argparse.Namespace) -> Scene:
-    scene = assets.load(arguments.scene, defines=parse_defines(arguments.defines))
-    for warning in scene.warnings:
-        print(f"nrc: warning: {warning}", file=sys.stderr)
-    if not scene.has_light:
-        print("nrc: warning: nothing in this scene emits light; the picture will be black", file=sys.stderr)
-    return scene
-
-
-def _size(arguments: argparse.Namespace, scene: Scene, reference: np.ndarray | None) -> tuple[int, int]:
-    """Width and height: as asked, else the reference's, else the scene's with its aspect ratio kept."""
-    width, height = arguments.width, arguments.height
-    settings = scene.settings
-    if reference is not None:
-        size = (reference.shape[1], reference.shape[0])
-        asked = (width or size[0], height or size[1])
-        if asked != size:
-            raise UsageError(
-                f"--reference {arguments.reference} is {size[0]}x{size[1]}, the picture would be {asked[0]}x{asked[1]}"
-            )
-        return size
-    if width and not height:
-        height = max(1, round(width * settings.height / settings.width))
-    if height and not width:
-        width = max(1, round(height * settings.width / settings.height))
-    return width or settings.width, height or settings.height
-
-
-def _tracer_config(arguments: argparse.Namespace, scene: Scene, integrator: Any) -> Any:
-    from nrc.pathtracer import PathTracerConfig
-
-    settings = scene.settings
-    return PathTracerConfig(
-        integrator=integrator,
-        max_depth=settings.max_depth if arguments.max_depth is None else arguments.max_depth,
-        rr_depth=settings.rr_depth if arguments.rr_depth is None else arguments.rr_depth,
-        spread_threshold=arguments.threshold,
-        seed=arguments.seed,
-    )
-
-
-def _render(arguments: argparse.Namespace) -> dict[str, Any]:
-    from nrc.cache import CacheConfig
-    from nrc.debug_views import debug_views
-    from nrc.render_job import Budget, RenderJob, describe
-    from nrc.renderer import Renderer
-
-    start = time.perf_counter()
-    use_threads(arguments)
-    scene = _load(arguments)
-    reference = None if arguments.reference is None else read_linear(arguments.reference)
-    width, height = _size(arguments, scene, reference)
-    out = arguments.out or Path(f"{Path(arguments.scene).stem}.exr")
-    if out.suffix.lower() not in PICTURE_FORMATS:
-        raise UsageError(f"--out {out}: cannot write '{out.suffix}'; one of {', '.join(PICTURE_FORMATS)}")
-    if arguments.aov and out.suffix.lower() != ".exr":
-        raise UsageError(f"--aov needs an .exr to hold its layers, --out is {out}")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: folder {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK) or not _accepts_files(out.parent):
-        raise UsageError(f"--out {out}: cannot write into folder {out.parent}")
-    renderer = Renderer(
-        scene,
-        width,
-        height,
-        _tracer_config(arguments, scene, arguments.integrator),
-        cache=CacheConfig(encoding=arguments.encoding),
-        device=arguments.device,
-    )
-    renderer.prepare()
-    job = RenderJob(renderer, describe(renderer), out.with_name(out.name + ".checkpoint"))
-    if arguments.resume:
-        job.resume()
-    spp = arguments.spp or (None if arguments.seconds else scene.settings.spp)
-    say(
-        f"{scene.name or arguments.scene}: {width}x{height}, {arguments.integrator} on {renderer.device}, "
-        f"ready after {time.perf_counter() - start:.1f} s"
-    )
-    budget = Budget(spp, arguments.seconds)
-    if job.is_spent(budget):
-        say(f"already at {renderer.film.n_frames} samples per pixel and {job.seconds:.1f} s: nothing left to render")
-    job.run(budget)
-
-    image = renderer.image()
-    layers = {"color": image}
-    if arguments.aov:
-        layers |= renderer.aovs()
-        if renderer.cache is not None:
-            layers |= debug_views(renderer)
-    result: dict[str, Any] = {
-        "out": str(out),
-        "width": width,
-        "height": height,
-        "integrator": arguments.integrator,
-        "device": str(renderer.device),
-        "spp": renderer.film.n_frames,
-        "seconds": job.seconds,
-        "interrupted": job.interrupted,
-        "stages_ms": renderer.stages_ms(),
-        **renderer.film.stats(),
-    }
-    if renderer.cache is not None:
-        result["cache"] = renderer.cache.stats()
-    _write_picture(out, layers, result)
-    if result["invalid_samples"]:
-        say(f"{result['invalid_samples']} samples were not finite or negative and were left out")
-    if reference is not None:
-        figures = compare(image, reference)
-        result |= {name: figures[name] for name in ("relmse", "psnr", "mean_bias")}
-        say(f"relMSE {figures['relmse']:.5f}, PSNR {figures['psnr']:.2f} dB, mean {100 * figures['mean_bias']:+.2f} %")
-    say(f"{result['spp']} samples per pixel in {job.seconds:.1f} s: {out}")
-    return result
-
-
-def _accepts_files(folder: Path) -> bool:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def _write_picture(out: Path, layers: dict[str, np.ndarray], result: dict[str, Any]) -> None:
-    if out.suffix.lower() != ".exr":
-        write_image(out, layers["color"])
-        return
-    metadata = {"nrc.integrator": result["integrator"], "nrc.spp": result["spp"], "nrc.seconds": result["seconds"]}
-    write_exr(out, layers, metadata)
-    write_image(out.with_suffix(".png"), to_srgb8(layers["color"]))
 
 
 def _scenes(_arguments: argparse.Namespace) -> dict[str, Any]:
@@ -317,15 +142,15 @@ def _bench_cache(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc import bench
 
     use_threads(arguments)
-    scene = _load(arguments)
+    scene = load_scene(arguments)
     reference = read_linear(arguments.reference)
-    width, height = _size(arguments, scene, reference)
+    width, height = picture_size(arguments, scene, reference)
     result = bench.bench_cache(
         scene,
         reference,
         width,
         height,
-        {name: _tracer_config(arguments, scene, name) for name in ("path", "nrc")},
+        {name: tracer_config(arguments, scene, name) for name in ("path", "nrc")},
         encoding=arguments.encoding,
         seconds=arguments.seconds,
         device=arguments.device,
@@ -340,9 +165,9 @@ def _bench_rays(arguments: argparse.Namespace) -> dict[str, Any]:
     from nrc import bench
 
     use_threads(arguments)
-    scene = _load(arguments)
-    width, height = _size(arguments, scene, None)
-    config = _tracer_config(arguments, scene, "path")
+    scene = load_scene(arguments)
+    width, height = picture_size(arguments, scene, None)
+    config = tracer_config(arguments, scene, "path")
     result = bench.bench_rays(scene, width, height, config, seconds=arguments.seconds, device=arguments.device, say=say)
     return {"scene": arguments.scene, **result}
 

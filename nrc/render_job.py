@@ -34,6 +34,10 @@ class Budget:
     spp: int | None = None
     seconds: float | None = None
 
+    def is_spent(self, spp: int, seconds: float) -> bool:
+        """Whether nothing is left after so many samples per pixel and seconds."""
+        return (self.spp is not None and spp >= self.spp) or (self.seconds is not None and seconds >= self.seconds)
+
 
 class RenderJob:
     """Renders until the budget is spent.
@@ -56,18 +60,7 @@ class RenderJob:
 
     def resume(self) -> None:
         """Continue from the checkpoint. Raises CheckpointError when it is missing, broken or of another job."""
-        path = self.checkpoint
-        if path is None or not path.is_file():
-            raise CheckpointError(f"{path}: no checkpoint to resume from")
-        try:
-            state, config = load_tensors(path, kind=CHECKPOINT_KIND)
-        except SnapshotError as error:
-            raise CheckpointError(str(error)) from error
-        mine, theirs = self.identity, config["identity"]
-        differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
-        if differing:
-            listed = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in differing)
-            raise CheckpointError(f"{path}: belongs to another render: {listed}")
+        state, config = load_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.identity)
         self.renderer.load_state(state)
         self.seconds = config["seconds"]
 
@@ -93,21 +86,12 @@ class RenderJob:
         """Write the checkpoint; a crash in between leaves the older one."""
         if self.checkpoint is None:
             raise ValueError("this job was made without a checkpoint path")
-        try:
-            save_tensors(
-                self.checkpoint,
-                self.renderer.state(),
-                {"identity": self.identity, "seconds": self.seconds},
-                kind=CHECKPOINT_KIND,
-            )
-        except SnapshotError as error:
-            raise CheckpointError(str(error)) from error
+        config = {"identity": self.identity, "seconds": self.seconds}
+        save_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.renderer.state(), config)
 
     def is_spent(self, budget: Budget) -> bool:
         """Whether nothing is left to render."""
-        if budget.spp is not None and self.renderer.film.n_frames >= budget.spp:
-            return True
-        return budget.seconds is not None and self.seconds >= budget.seconds
+        return budget.is_spent(self.renderer.film.n_frames, self.seconds)
 
 
 class _ProgressBar:
@@ -146,12 +130,39 @@ def _progress_bar(budget: Budget, n_frames: int, *, enabled: bool) -> Iterator[_
         bar.close()
 
 
+def load_checkpoint(
+    path: Path | None, kind: str, identity: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """State and entries of a checkpoint of the job `identity`. Raises CheckpointError."""
+    if path is None or not path.is_file():
+        raise CheckpointError(f"{path}: no checkpoint to resume from")
+    try:
+        state, config = load_tensors(path, kind=kind)
+    except SnapshotError as error:
+        raise CheckpointError(str(error)) from error
+    theirs = config["identity"]
+    differing = sorted(key for key in identity | theirs if identity.get(key) != theirs.get(key))
+    if differing:
+        listed = ", ".join(f"{key} ({theirs.get(key)} there, {identity.get(key)} here)" for key in differing)
+        raise CheckpointError(f"{path}: belongs to another render: {listed}")
+    return state, config
+
+
+def save_checkpoint(path: Path, kind: str, state: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    """Write a checkpoint, replacing an older one only once it is complete. Raises CheckpointError."""
+    try:
+        save_tensors(path, state, config, kind=kind)
+    except SnapshotError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def describe(renderer: Renderer) -> dict[str, Any]:
     """Identity of a job: everything that changes its picture."""
     scene = renderer.scene.scene
     digest = hashlib.sha256()
-    for part in (scene.meshes, scene.materials, scene.lights, scene.environment, scene.camera):
+    for part in (scene.meshes, scene.instances, scene.materials, scene.lights, scene.environment, scene.camera):
         _hash(part, digest)
+    _hash(scene.animation, digest)
     cache: dict[str, Any] = {}
     if renderer.cache is not None:
         cache = {**asdict(renderer.cache.config), "batch_size": renderer.cache.batch_size}

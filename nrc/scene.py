@@ -387,6 +387,11 @@ class Motion(Protocol):
         """When the last change is over [s]."""
         ...
 
+    @property
+    def moves_camera(self) -> bool:
+        """Whether the scene's camera changes."""
+        ...
+
     def pose(self, scene: Scene, time: float) -> Scene:
         """`scene` as it stands at `time` [s], sharing all that stands still."""
         ...
@@ -442,6 +447,11 @@ class Scene:
                 boxes.append(transformed_boxes(self.meshes[i].box, matrices))
         lower, upper = np.concatenate(boxes).transpose(1, 0, 2)
         return lower.min(axis=0), upper.max(axis=0)
+
+    @property
+    def bounds_over_time(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner of the geometry of all poses, (3,) each."""
+        return self.bounds if self.animation is None else self.animation.bounds(self)
 
     @property
     def has_light(self) -> bool:

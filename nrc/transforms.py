@@ -37,10 +37,10 @@ def cofactors(linear: np.ndarray) -> np.ndarray:
     return np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], axis=-1)
 
 
-def is_singular(matrix: np.ndarray) -> bool:
-    """Whether an affine (4, 4) matrix flattens volumes to nothing, so that what it places is not there to be seen."""
-    linear = np.asarray(matrix, float)[:3, :3]
-    return bool(abs(np.linalg.det(linear)) <= 1e-12 * np.prod(np.linalg.norm(linear, axis=0)))
+def is_singular(matrices: np.ndarray) -> np.ndarray:
+    """Whether affine (..., 4, 4) matrices flatten volumes to nothing, so that what they place cannot be seen."""
+    linear = np.asarray(matrices, float)[..., :3, :3]
+    return np.abs(np.linalg.det(linear)) <= 1e-12 * np.prod(np.linalg.norm(linear, axis=-2), axis=-1)
 
 
 def rigid(matrix: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import trimesh
 from PIL import Image
 
 from nrc.assets import load
+from nrc.assets.model import flatten
 from nrc.scene import DirectionalLight, PointLight, Scene, SceneError, SpotLight, Texture
 
 CODES = {"int8": 5120, "uint8": 5121, "int16": 5122, "uint16": 5123, "uint32": 5125, "float32": 5126}
@@ -196,7 +197,7 @@ def test_points_and_lines_are_named(tmp_path: Path) -> None:
 
 
 def test_instancing_places_each_copy(tmp_path: Path) -> None:
-    """EXT_mesh_gpu_instancing and two nodes of one mesh give one mesh each, under the node's transform."""
+    """EXT_mesh_gpu_instancing and two nodes of one mesh give instances of it, under the node's transform."""
     gltf = Gltf(extensionsUsed=["EXT_mesh_gpu_instancing"])
     gltf.mesh()
     translation = gltf.accessor(np.float32([(1, 0, 0), (0, 5, 0)]))
@@ -204,8 +205,9 @@ def test_instancing_places_each_copy(tmp_path: Path) -> None:
     extension = {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": translation, "SCALE": scale}}}
     gltf.json["nodes"] = [{"mesh": 0, "translation": [0, 0, 3], "extensions": extension}, {"mesh": 0}]
     scene = gltf.load(tmp_path)
-    corners = [mesh.positions[1].tolist() for mesh in scene.meshes]
-    assert corners == [[2, 0, 3], [2, 5, 3], [1, 0, 0]]
+    assert len(scene.meshes) == 1 and [instance.mesh for instance in scene.instances] == [0, 0, 0]
+    corners = [mesh.positions[1].tolist() for mesh in flatten(scene).meshes]
+    assert corners == [[2, 0, 3], [2, 5, 3], [1, 0, 0]] and scene.animation is None
 
 
 def test_skin_bends_vertices(tmp_path: Path) -> None:
@@ -473,6 +475,265 @@ def test_missing_buffer_file_is_an_error(tmp_path: Path) -> None:
         load(path)
 
 
+# --- animation -------------------------------------------------------------------------------------------------------
+
+
+def animated(gltf: Gltf, *channels: tuple[int, str, np.ndarray, np.ndarray], interpolation: str = "LINEAR") -> Gltf:
+    """Add an animation of channels (node, path, times, values)."""
+    samplers, entries = [], []
+    for node, path, times, values in channels:
+        samplers.append(
+            {
+                "input": gltf.accessor(np.asarray(times, np.float32)),
+                "output": gltf.accessor(np.asarray(values)),
+                "interpolation": interpolation,
+            }
+        )
+        entries.append({"sampler": len(samplers) - 1, "target": {"node": node, "path": path}})
+    gltf.json.setdefault("animations", []).append({"samplers": samplers, "channels": entries})
+    return gltf
+
+
+HALF = np.sqrt(0.5)
+ZERO_ONE = np.float32([0, 1])
+ALONG_X = np.float32([(0, 0, 0), (2, 0, 0)])
+
+
+def test_animated_nodes_move_instances(tmp_path: Path) -> None:
+    """A mesh below an animated node is an instance in its own space; one elsewhere stays in world space."""
+    gltf = Gltf(
+        nodes=[
+            {"children": [1], "rotation": [0, 0, HALF, HALF]},
+            {"mesh": 0, "scale": [2, 2, 2]},
+            {"mesh": 1, "translation": [0, 0, 5]},
+        ]
+    )
+    gltf.mesh()
+    gltf.mesh()
+    animated(gltf, (0, "translation", ZERO_ONE, ALONG_X), (1, "scale", [0, 3], np.float32([(2, 2, 2), (5, 5, 5)])))
+    scene = gltf.load(tmp_path)
+    assert scene.animation is not None and scene.animation.duration == 3.0
+    moving, still = scene.meshes
+    np.testing.assert_array_equal(moving.positions, TRIANGLE)
+    np.testing.assert_array_equal(still.positions, TRIANGLE + np.float32([0, 0, 5]))
+    assert [instance.mesh for instance in scene.instances] == [0]
+    for time, factor, x in ((0.0, 2.0, 0.0), (1.0, 3.0, 2.0), (9.0, 5.0, 2.0)):
+        # vertex 1 at (factor, 0, 0), turned about z to (0, factor, 0), moved by x
+        flat = flatten(scene.at(time))
+        np.testing.assert_allclose(flat.meshes[1].positions[1], (x, factor, 0), atol=FLOAT32)
+        np.testing.assert_array_equal(flat.meshes[0].positions, still.positions)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "values", "expected"),  # at 0.25 of the way from 0 to 4
+    [("LINEAR", [0, 4], 1.0), ("STEP", [0, 4], 0.0), ("CUBICSPLINE", [9, 0, 8, -4, 4, 9], 3.25)],
+)
+def test_interpolations_are_read(tmp_path: Path, interpolation: str, values: list[float], expected: float) -> None:
+    """Cubic values are slope before, value, slope after: 2 · 9/64 · 8 + 10/64 · 4 + 2 · 3/64 · 4 over 2 s."""
+    gltf = Gltf(nodes=[{"mesh": 0}])
+    gltf.mesh()
+    rows = np.zeros((len(values), 3), np.float32)
+    rows[:, 1] = values
+    animated(gltf, (0, "translation", np.float32([1, 3]), rows), interpolation=interpolation)
+    scene = gltf.load(tmp_path)
+    assert scene.at(1.5).instances[0].to_world[1, 3] == pytest.approx(expected)
+
+
+def test_normalised_integer_rotations_turn(tmp_path: Path) -> None:
+    """Quaternions of signed shorts, along the shorter arc."""
+    gltf = Gltf(nodes=[{"mesh": 0}])
+    gltf.mesh()
+    quaternions = np.array([(0, 0, 0, 32767), (0, 0, -23170, -23170)], np.int16)
+    animated(gltf, (0, "rotation", ZERO_ONE, quaternions))
+    gltf.json["accessors"][-1]["normalized"] = True
+    angle = np.radians(45)
+    matrix = gltf.load(tmp_path).at(0.5).instances[0].to_world
+    np.testing.assert_allclose(matrix[:2, 0], (np.cos(angle), np.sin(angle)), atol=1e-4)
+
+
+def test_moving_skin_bends_at_each_time(tmp_path: Path) -> None:
+    """Joint matrices at the time times inverse bind matrices; the instance stands still, the triangles are shared."""
+    gltf = Gltf()
+    joints = np.zeros((3, 4), np.uint8)
+    joints[:, 1] = 1
+    weights = np.float32([(1, 0, 0, 0), (0, 1, 0, 0), (0.5, 0.5, 0, 0)])
+    gltf.mesh(JOINTS_0=joints, WEIGHTS_0=weights, NORMAL=np.tile(np.float32([0, 0, 1]), (3, 1)))
+    gltf.json["skins"] = [{"joints": [1, 2]}]
+    gltf.json["nodes"] = [{"mesh": 0, "skin": 0, "translation": [100, 0, 0]}, {"children": [2]}, {}]
+    animated(gltf, (2, "translation", ZERO_ONE, ALONG_X), (1, "translation", ZERO_ONE, -ALONG_X[:, ::-1]))
+    scene = gltf.load(tmp_path)
+    np.testing.assert_array_equal(scene.instances[0].to_world, np.eye(4))
+    posed = scene.at(0.5).meshes[0]
+    # joint 1 at (0, 0, -1), joint 2 at (1, 0, -1)
+    np.testing.assert_allclose(posed.positions, [(0, 0, -1), (2, 0, -1), (0.5, 1, -1)], atol=FLOAT32)
+    assert posed.indices is scene.meshes[0].indices and posed.normals is not None
+    np.testing.assert_allclose(posed.normals, np.tile((0, 0, 1), (3, 1)), atol=FLOAT32)
+    np.testing.assert_array_equal(scene.meshes[0].positions, TRIANGLE)
+
+
+def test_morph_weights_are_animated(tmp_path: Path) -> None:
+    """Two targets with weights over time, on a node that moves too; normals follow; other nodes keep the mesh's own."""
+    gltf = Gltf()
+    up = np.float32([(0, 0, 0), (0, 0, 1), (0, 0, 0)])
+    tilt = np.tile(np.float32([1, 0, 0]), (3, 1))
+    targets = [{"POSITION": gltf.accessor(up), "NORMAL": gltf.accessor(tilt)}, {"POSITION": gltf.accessor(-2 * up)}]
+    gltf.mesh({"targets": targets}, NORMAL=np.tile(np.float32([0, 0, 1]), (3, 1)))
+    gltf.json["meshes"][0]["weights"] = [0.0, 1.0]
+    gltf.json["nodes"] = [{"mesh": 0, "translation": [1, 0, 0]}, {"mesh": 0}]
+    animated(gltf, (0, "weights", ZERO_ONE, np.float32([0, 0, 1, 0.25])))
+    scene = gltf.load(tmp_path)
+    posed = flatten(scene.at(1.0))
+    still, moving = posed.meshes
+    np.testing.assert_allclose(still.positions[1], (1, 0, -2))
+    np.testing.assert_allclose(moving.positions[1], (2, 0, 0.5))
+    assert moving.normals is not None
+    np.testing.assert_allclose(moving.normals[0], (HALF, 0, HALF), atol=FLOAT32)
+
+
+def test_cubic_morph_weights_have_three_rows_a_key(tmp_path: Path) -> None:
+    """Slopes before, values, slopes after of all targets."""
+    gltf = Gltf(nodes=[{"mesh": 0}])
+    change = gltf.accessor(np.float32([(0, 0, 1)] * 3))
+    gltf.mesh({"targets": [{"POSITION": change}, {"POSITION": change}]})
+    keys = np.float32([(0, 0), (1, 10), (0, 0), (0, 0), (2, 20), (0, 0)])
+    animated(gltf, (0, "weights", ZERO_ONE, keys.ravel()), interpolation="CUBICSPLINE")
+    assert gltf.load(tmp_path).at(0.5).meshes[0].positions[0, 2] == pytest.approx(16.5)
+
+
+def test_moving_camera_lights_and_instancing(tmp_path: Path) -> None:
+    """All hang on a node that moves; instances of EXT_mesh_gpu_instancing share one mesh."""
+    gltf = Gltf(
+        extensionsUsed=["EXT_mesh_gpu_instancing"],
+        extensions={"KHR_lights_punctual": {"lights": [{"type": "spot", "spot": {}}]}},
+        cameras=[{"type": "perspective", "perspective": {"yfov": 1.0}}],
+    )
+    gltf.mesh()
+    offsets = gltf.accessor(np.float32([(0, 0, 0), (0, 7, 0)]))
+    gltf.json["nodes"] = [
+        {"children": [1, 2]},
+        {"camera": 0, "extensions": {"KHR_lights_punctual": {"light": 0}}, "translation": [0, 0, 1]},
+        {"mesh": 0, "extensions": {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": offsets}}}},
+    ]
+    animated(
+        gltf,
+        (0, "translation", ZERO_ONE, ALONG_X),
+        (0, "rotation", ZERO_ONE, np.float32([(0, 0, 0, 1), (0, HALF, 0, HALF)])),
+    )
+    scene = gltf.load(tmp_path)
+    posed = scene.at(1.0)
+    np.testing.assert_allclose(posed.camera.to_world[:3, 3], (3, 0, 0), atol=FLOAT32)
+    np.testing.assert_allclose(posed.camera.to_world[:3, 2], (1, 0, 0), atol=FLOAT32)
+    spot = posed.lights[0]
+    assert isinstance(spot, SpotLight)
+    np.testing.assert_allclose((spot.position, spot.direction), ((3, 0, 0), (-1, 0, 0)), atol=FLOAT32)
+    assert len(posed.meshes) == 1 and posed.meshes is scene.meshes
+    corners = [mesh.positions[0] for mesh in flatten(posed).meshes]
+    np.testing.assert_allclose(corners, [(2, 0, 0), (2, 7, 0)], atol=FLOAT32)
+
+
+def test_disjoint_animations_play_together(tmp_path: Path) -> None:
+    """The first plays, and those that move other things; one that moves the same is named."""
+    gltf = Gltf(nodes=[{"mesh": 0}, {"mesh": 0}])
+    gltf.mesh()
+    for node, far in ((0, 1.0), (1, 2.0), (0, 3.0)):
+        animated(gltf, (node, "translation", ZERO_ONE, far * ALONG_X))
+    gltf.json["animations"][2]["name"] = "run"
+    scene = gltf.load(tmp_path)
+    assert [instance.to_world[0, 3] for instance in scene.at(1.0).instances] == [2.0, 4.0]
+    assert [w for w in scene.warnings if "run" in w] and not [w for w in scene.warnings if "animations[1]" in w]
+
+
+def test_animation_of_another_scene_is_named(tmp_path: Path) -> None:
+    """Nodes outside the scene that is shown move nothing; pointers and channels without node neither."""
+    gltf = Gltf(nodes=[{"mesh": 0}, {"mesh": 0}], scenes=[{"nodes": [0]}, {"nodes": [1]}], scene=0)
+    gltf.mesh()
+    animated(gltf, (1, "translation", ZERO_ONE, ALONG_X))
+    channels = gltf.json["animations"][0]["channels"]
+    channels += [{"sampler": 0, "target": {"path": "pointer"}}, {"sampler": 0, "target": {"path": "scale"}}]
+    scene = gltf.load(tmp_path)
+    assert scene.animation is None and not scene.instances
+    assert [w for w in scene.warnings if "outside the scene" in w] and [w for w in scene.warnings if "pointer" in w]
+
+
+def broken_animation(change: str) -> Gltf:
+    """An animated file with one fault."""
+    gltf = Gltf(nodes=[{"mesh": 0}])
+    gltf.mesh()
+    times, values, path = ZERO_ONE, ALONG_X, "translation"
+    if change == "times":
+        times = np.float32([1, 1])
+    elif change == "negative time":
+        times = np.float32([-1, 1])
+    elif change == "count":
+        values = ALONG_X[[0, 1, 1]]
+    elif change == "nan":
+        values = ALONG_X * np.float32(np.nan)
+    elif change == "path":
+        path = "colour"
+    elif change == "type":
+        values = np.float32([(0, 0, 0, 1)] * 2)
+    elif change == "weights":
+        path, values = "weights", ZERO_ONE
+    elif change == "quaternion":
+        path, values = "rotation", np.zeros((2, 4), np.float32)
+    elif change == "matrix":
+        gltf.json["nodes"][0]["matrix"] = [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    node = 7 if change == "node" else 0
+    animated(gltf, (node, path, times, values))
+    animation = gltf.json["animations"][0]
+    if change == "sampler":
+        animation["channels"][0]["sampler"] = 3
+    elif change == "interpolation":
+        animation["samplers"][0]["interpolation"] = "BEZIER"
+    elif change == "twice":
+        animation["channels"] *= 2
+    return gltf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("times", r"animations\[0\].samplers\[0\].input: accessors\[1\]: times must begin at 0 or later and increase"),
+        ("negative time", r"samplers\[0\].input: accessors\[1\]: times must"),
+        ("count", r"samplers\[0\].output: accessors\[2\] has 3 elements, 2 keys need 2"),
+        ("nan", r"samplers\[0\].output: accessors\[2\]: has values that are not finite"),
+        ("path", r"channels\[0\].target.path: expected one of translation, rotation, scale, weights"),
+        ("type", r"samplers\[0\].output: accessors\[2\] has type VEC4, expected VEC3"),
+        ("weights", r"channels\[0\].target: nodes\[0\] has no mesh with morph targets"),
+        ("quaternion", r"samplers\[0\].output: accessors\[2\]: a quaternion has no length"),
+        ("matrix", r"nodes\[0\].matrix: an animated node's matrix has shear"),
+        ("node", r"channels\[0\].target.node: nodes\[7\] does not exist"),
+        ("sampler", r"channels\[0\].sampler: animations\[0\].samplers\[3\] does not exist"),
+        ("interpolation", r"samplers\[0\].interpolation: expected one of LINEAR, STEP, CUBICSPLINE"),
+        ("twice", r"channels\[1\].target: nodes\[0\].translation is moved twice"),
+    ],
+)
+def test_bad_animation_names_file_and_field(tmp_path: Path, change: str, message: str) -> None:
+    """Each fault is one SceneError with file and field."""
+    with pytest.raises(SceneError, match=r"model\.gltf: .*" + message):
+        broken_animation(change).load(tmp_path)
+
+
+def test_sound_animation_loads_with_no_change(tmp_path: Path) -> None:
+    """The base of the faulty animations is sound."""
+    assert broken_animation("none").load(tmp_path).animation is not None
+
+
+def test_framing_camera_sees_the_whole_motion(tmp_path: Path) -> None:
+    """Without a camera every pose lies within the picture."""
+    gltf = Gltf(nodes=[{"mesh": 0}])
+    gltf.mesh()
+    scene = animated(gltf, (0, "translation", ZERO_ONE, 10 * ALONG_X)).load(tmp_path)
+    half = np.array(scene.camera.half_extents(512, 512))
+    for time in (0.0, 0.5, 1.0):
+        points = flatten(scene.at(time)).meshes[0].positions
+        local = (points - scene.camera.to_world[:3, 3]) @ scene.camera.to_world[:3, :3]
+        assert (local[:, 2] < 0.0).all() and (np.abs(local[:, :2] / -local[:, 2:]) < half).all()
+
+
+# --- sample models ----------------------------------------------------------------------------------------------------
+
+
 # Triangles, materials, lights and phrases of warnings of the Khronos sample models; trimesh does not know instancing
 SAMPLES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "AlphaBlendModeTest.glb": (61, 6, 0, ()),
@@ -498,7 +759,9 @@ SAMPLES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_sample_model_loads(data: Path, name: str) -> None:
     """Khronos samples load as trimesh loads them (triangles, bounds), and normals agree with the winding."""
-    scene = load(data / "gltf" / Path(name).stem / name)
+    shared = load(data / "gltf" / Path(name).stem / name)
+    scene = flatten(shared)
+    assert (shared.bounds[0] <= scene.bounds[0] + 1e-5).all() and (shared.bounds[1] >= scene.bounds[1] - 1e-5).all()
     triangles, materials, lights, phrases = SAMPLES[name]
     assert sum(len(mesh.indices) for mesh in scene.meshes) == triangles
     assert (len(scene.materials), len(scene.lights)) == (materials, lights)

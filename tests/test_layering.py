@@ -27,8 +27,10 @@ FORBIDDEN = [
 # The renderer, and what is built on it
 CACHE_CONSUMERS = (
     "nrc",
+    "nrc.animation_job",
     "nrc.bench",
     "nrc.cli",
+    "nrc.cli_render",
     "nrc.cli_view",
     "nrc.debug_views",
     "nrc.integrations",

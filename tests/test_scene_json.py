@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 
 from nrc.assets import builtin_scenes, load
+from nrc.assets.model import flatten
 from nrc.image import write_image
 from nrc.scene import (
     MATERIAL_KINDS,
+    Camera,
     Checkerboard,
     DirectionalLight,
     PointLight,
@@ -26,7 +29,7 @@ from nrc.scene import (
 
 FLOAT32 = 1e-6  # rounding of values of order one in single precision
 RECTANGLE = {"shape": "rectangle", "material": "white"}
-NAMES = ("ajar_room", "cornell_box", "furnace", "glossy_room", "textured_court")
+NAMES = ("ajar_room", "cornell_box", "furnace", "glossy_room", "opening_door", "textured_court")
 
 
 def scene(folder: Path, **parts: Any) -> Scene:
@@ -249,6 +252,256 @@ def test_bad_field_names_file_and_field(tmp_path: Path, parts: dict[str, Any], m
     assert "test.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+# --- animation -------------------------------------------------------------------------------------------------------
+
+
+def keyed(*keys: tuple[float, Any], interpolation: str = "linear") -> dict[str, Any]:
+    """A value that changes."""
+    return {"keyframes": [list(key) for key in keys], "interpolation": interpolation}
+
+
+def corners(scene: Scene, time: float) -> np.ndarray:
+    """Where the last mesh's vertices are at a time."""
+    return flatten(scene.at(time)).meshes[-1].positions
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "angles"),  # at 0, 0.5, 1, 1.5, 2 s for keys 0, 60, 90 at 0, 1, 2 s
+    [("linear", (0, 30, 60, 75, 90)), ("step", (0, 0, 60, 60, 90)), ("cubic", (0, 33.75, 60, 78.75, 90))],
+)
+def test_door_turns_on_its_hinge(tmp_path: Path, interpolation: str, angles: tuple[float, ...]) -> None:
+    """The closed leaf, moved to the hinge, turned by a keyframed angle: a rigid motion around the hinge's axis."""
+    angle = keyed((0, 0), (1, 60), (2, 90), interpolation=interpolation)
+    leaf = {"scale": [0.5, 1, 1], "translate": [0.5, 0, 0]}
+    hinge = {"rotate": {"axis": [0, 1, 0], "angle": angle}, "translate": [3, 0, -2]}
+    result = scene(tmp_path, assets=[{**RECTANGLE, "to_world": [leaf, hinge]}])
+    assert len(result.instances) == 1 and result.animation is not None and result.animation.duration == 2.0
+    np.testing.assert_array_equal(result.meshes[0].positions[1], (1, -1, 0))
+    for time, degrees in zip((0.0, 0.5, 1.0, 1.5, 2.0), angles, strict=True):
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        expected = [(3, -1, -2), (3 + c, -1, -2 - s), (3 + c, 1, -2 - s), (3, 1, -2)]
+        np.testing.assert_allclose(corners(result, time), expected, atol=FLOAT32)
+
+
+def test_every_part_of_a_step_can_move(tmp_path: Path) -> None:
+    """Scale, translation and look_at inside steps, in their order; still steps around them."""
+    steps = [
+        {"scale": keyed((0, 1), (1, 3)), "translate": keyed((0, [0, 0, 0]), (2, [0, 2, 0]))},
+        {"look_at": {"origin": keyed((0, [0, 0, 0]), (1, [1, 0, 0])), "target": [1, 0, -9]}},
+        {"translate": [10, 0, 0]},
+    ]
+    result = scene(tmp_path, assets=[{**RECTANGLE, "to_world": steps, "flip_normals": True}])
+    # at 1 s: scaled by 3, moved by (0, 1, 0), +z turned to -z and +x to -x, moved by (1, 0, 0) and (10, 0, 0)
+    np.testing.assert_allclose(corners(result, 1.0)[1], (11 - 3, -3 + 1, 0), atol=FLOAT32)
+    mesh = flatten(result.at(1.0)).meshes[0]
+    a, b, c = mesh.positions[mesh.indices[0]]
+    assert np.cross(b - a, c - a)[2] > 0.0  # flipped from -z
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+def test_whole_transforms_can_be_keyframes(tmp_path: Path, interpolation: str) -> None:
+    """Matrices and steps as values: between two, translation and scale are means and the turn is half of it."""
+    half_turn = [[0, -2, 0, 4], [2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]]
+    to_world = keyed((0, {"scale": 4}), (2, half_turn), interpolation=interpolation)
+    matrix = scene(tmp_path, assets=[{**RECTANGLE, "to_world": to_world}]).at(1.0).instances[0].to_world
+    r = 3.0 * math.sqrt(0.5)
+    np.testing.assert_allclose(matrix, [[r, -r, 0, 2], [r, r, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]], atol=1e-9)
+
+
+def test_camera_lights_environment_and_emission_move(tmp_path: Path) -> None:
+    """Every field that may be keyframed has its value of the time, and at 0 that of the scene."""
+    result = scene(
+        tmp_path,
+        materials={"white": {}, "lamp": {"emission": keyed((1, [1, 2, 3]), (2, [3, 2, 1]))}},
+        assets=[RECTANGLE, {"shape": "disk", "material": "lamp"}],
+        lights=[
+            {"kind": "point", "position": keyed((0, [0, 0, 0]), (2, [2, 4, 6])), "intensity": [1, 1, 1]},
+            {
+                "kind": "spot",
+                "position": [0, 3, 0],
+                "target": keyed((0, [0, 0, 0]), (2, [6, 3, 0])),
+                "intensity": keyed((0, [0, 0, 0]), (2, [2, 2, 2])),
+                "outer_angle": 30,
+            },
+            {"kind": "directional", "direction": keyed((0, [0, -1, 0]), (2, [1, 0, 0])), "irradiance": [1, 1, 1]},
+        ],
+        environment={
+            "radiance": [1, 1, 1],
+            "scale": keyed((0, 1), (2, 0)),
+            "rotate": {"axis": [0, 1, 0], "angle": keyed((0, 0), (2, 180))},
+        },
+        camera={
+            "look_at": {"origin": keyed((0, [0, 0, 5]), (2, [0, 0, 9])), "target": [0, 0, 0]},
+            "fov": keyed((0, 40), (2, 60)),
+        },
+    )
+    assert result.materials[1].emission == (1, 2, 3) and result.camera.fov == 40.0 and result.environment is not None
+    posed = result.at(1.0)
+    point, spot, sun = posed.lights
+    assert isinstance(point, PointLight) and isinstance(spot, SpotLight) and isinstance(sun, DirectionalLight)
+    assert posed.materials[1].emission == (1, 2, 3) and result.at(1.5).materials[1].emission == (2, 2, 2)
+    assert point.position == (1, 2, 3) and spot.intensity == (1, 1, 1) and spot.outer_angle == math.radians(30)
+    np.testing.assert_allclose(spot.direction, np.array([3, -1.5, 0]) / math.hypot(3, 1.5))
+    np.testing.assert_allclose(sun.direction, np.array([1, -1, 0]) / math.sqrt(2))
+    assert posed.environment is not None and posed.environment.scale == 0.5
+    np.testing.assert_allclose(posed.environment.to_world @ (0, 0, -1), (-1, 0, 0), atol=1e-9)
+    np.testing.assert_allclose(posed.camera.to_world, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 7], [0, 0, 0, 1]])
+    assert posed.camera.fov == 50.0 and posed.camera.focus_distance == pytest.approx(7.0)
+    assert posed.meshes is result.meshes and not result.instances
+
+
+def test_lamp_that_begins_dark_is_a_light(tmp_path: Path) -> None:
+    """No default environment takes the place of light that comes on later."""
+    lamp = {"emission": keyed((0, [0, 0, 0]), (2, [5, 5, 5]))}
+    result = scene(tmp_path, materials={"lamp": lamp}, assets=[{"shape": "disk", "material": "lamp"}])
+    assert result.environment is None and not result.has_light and result.at(1.0).has_light
+
+
+def test_animated_file_keeps_its_motion_under_the_asset(tmp_path: Path) -> None:
+    """A glTF's moving node, skin, light and camera below a turning asset; its still mesh turns with the asset."""
+    triangle = np.float32([(0, 0, 0), (1, 0, 0), (0, 1, 0)])
+    arrays = [
+        triangle,
+        np.float32([0, 2]),
+        np.float32([(0, 0, 0), (4, 0, 0)]),
+        np.zeros((3, 4), np.uint8),
+        np.tile(np.float32([1, 0, 0, 0]), (3, 1)),
+    ]
+    data = b"".join(array.tobytes() for array in arrays)
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)]).tolist()
+    kinds = [(5126, "VEC3"), (5126, "SCALAR"), (5126, "VEC3"), (5121, "VEC4"), (5126, "VEC4")]
+    gltf = {
+        "asset": {"version": "2.0"},
+        "buffers": [{"byteLength": len(data), "uri": "t.bin"}],
+        "bufferViews": [
+            {"buffer": 0, "byteOffset": offset, "byteLength": array.nbytes}
+            for offset, array in zip(offsets, arrays, strict=False)
+        ],
+        "accessors": [
+            {"bufferView": i, "componentType": component, "count": len(arrays[i]), "type": kind}
+            for i, (component, kind) in enumerate(kinds)
+        ],
+        "meshes": [
+            {"primitives": [{"attributes": {"POSITION": 0}}]},
+            {"primitives": [{"attributes": {"POSITION": 0, "JOINTS_0": 3, "WEIGHTS_0": 4}}]},
+            {"primitives": [{"attributes": {"POSITION": 0}}]},
+        ],
+        "skins": [{"joints": [3]}],
+        "extensions": {"KHR_lights_punctual": {"lights": [{"type": "point"}]}},
+        "cameras": [{"type": "perspective", "perspective": {"yfov": 1.0}}],
+        "nodes": [
+            {"mesh": 0, "camera": 0, "extensions": {"KHR_lights_punctual": {"light": 0}}},
+            {"mesh": 1, "skin": 0},
+            {"mesh": 2, "translation": [0, 0, 1]},
+            {"translation": [0, 5, 0]},
+        ],
+        "animations": [
+            {
+                "samplers": [{"input": 1, "output": 2}],
+                "channels": [{"sampler": 0, "target": {"node": node, "path": "translation"}} for node in (0, 3)],
+            }
+        ],
+    }
+    (tmp_path / "t.bin").write_bytes(data)
+    (tmp_path / "t.gltf").write_text(json.dumps(gltf))
+    turning = {"rotate": {"axis": [0, 1, 0], "angle": keyed((0, 0), (1, 90))}, "translate": [0, 0, 7]}
+    for to_world in (turning, {"rotate": {"axis": [0, 1, 0], "angle": 90}, "translate": [0, 0, 7]}):
+        moving = to_world is turning
+        result = scene(tmp_path, assets=[RECTANGLE, {"file": "t.gltf", "to_world": to_world}])
+        posed = result.at(1.0)  # half of the file's motion: x = 2; then x turns to -z and z to x
+        firsts = {tuple(np.round(mesh.positions[0], 5) + 0.0) for mesh in flatten(posed).meshes[1 if moving else 0 :]}
+        assert {(0.0, 0.0, 5.0), (1.0, 0.0, 7.0)} <= firsts
+        skinned = [mesh for mesh in flatten(posed).meshes if "meshes[1]" in mesh.name]
+        np.testing.assert_allclose(skinned[0].positions, [(0, 0, 5), (0, 0, 4), (0, 1, 5)], atol=FLOAT32)
+        assert isinstance(posed.lights[0], PointLight)
+        np.testing.assert_allclose(posed.lights[0].position, (0, 0, 5), atol=FLOAT32)
+        np.testing.assert_allclose(posed.camera.to_world[:3, 3], (0, 0, 5), atol=FLOAT32)
+        np.testing.assert_allclose(posed.camera.to_world[:3, 2], (1, 0, 0), atol=FLOAT32)
+    own = scene(
+        tmp_path,
+        assets=[{"file": "t.gltf", "to_world": turning}],
+        camera={"look_at": {"origin": [0, 0, 9], "target": [0, 0, 0]}},
+    )
+    assert own.at(1.0).camera is own.camera
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"camera": {"look_at": {"origin": [0, 0, 5], "target": [0, 0, 0]}, "fov": keyed()}},
+            r"fov.keyframes: is empty",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": keyed((0, 1), (0, 2))}},
+            r"environment.scale.keyframes\[1\]\[0\]: its time does not come after the one before",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": keyed((-1, 1))}},
+            r"keyframes\[0\]\[0\]: expected a number >=",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": keyed((0, -1))}},
+            r"keyframes\[0\]\[1\]: expected a number >=",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": {"keyframes": [[0]]}}},
+            r"keyframes\[0\]: expected \[time, value\]",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": keyed((0, 1), interpolation="smooth")}},
+            r"scale.interpolation: expected one of linear, step, cubic",
+        ),
+        (
+            {"environment": {"radiance": [1, 1, 1], "scale": {"keyframes": [[0, 1]], "loop": True}}},
+            r"scale.loop: unknown key",
+        ),
+        (
+            {"assets": [{**RECTANGLE, "to_world": keyed((0, {"scale": 0}))}]},
+            r"keyframes\[0\]\[1\]: the transform is sing",
+        ),
+        (
+            {
+                "assets": [
+                    {**RECTANGLE, "to_world": keyed((0, [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))}
+                ]
+            },
+            r"keyframes\[0\]\[1\]: the transform has shear",
+        ),
+        (
+            {"assets": [{**RECTANGLE, "to_world": keyed((0, {"scale": keyed((0, 1), (1, 2))}))}]},
+            r"keyframes\[0\]\[1\]: keyframes within keyframes",
+        ),
+        (
+            {"camera": {"look_at": {"origin": [0, 0, 0], "target": keyed((0, [0, 0, 1]), (2, [0, 1, 0]))}}},
+            r"look_at: up must not be parallel to the direction from origin to target at 2 s",
+        ),
+        (
+            {
+                "lights": [
+                    {
+                        "kind": "spot",
+                        "position": [0, 1, 0],
+                        "target": keyed((0, [0, 0, 0]), (1, [0, 1, 0])),
+                        "intensity": [1, 1, 1],
+                        "outer_angle": 9,
+                    }
+                ]
+            },
+            r"lights\[0\].target: gives no direction",
+        ),
+        ({"materials": {"white": {"base_color": keyed((0, [1, 1, 1]))}}}, r"base_color: expected an array"),
+    ],
+)
+def test_bad_keyframes_name_file_and_field(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
+    """Each fault is one SceneError with file and field."""
+    with pytest.raises(SceneError, match=r"test\.json: .*" + message):
+        scene(tmp_path, **parts)
+
+
+# --- loading and the built-in scenes ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"assets": NaN}', '{"name": "a", "name": "b"}', "\xff\xfe"])
 def test_bad_json_names_the_file(tmp_path: Path, text: str) -> None:
     """What is no JSON object is one SceneError."""
@@ -316,6 +569,27 @@ def escapes(scene: Scene, n: int, seed: int) -> float:
 def test_closed_room_has_no_leak(name: str, n: int) -> None:
     """No ray from the camera or a light leaves a closed room."""
     assert escapes(load(name), n, 1) == 0.0
+
+
+@pytest.mark.parametrize("time", [0.0, 3.1, 8.0])
+def test_opening_door_has_no_leak(time: float) -> None:
+    """Neither of its rooms leaks at any time, seen from the camera and from the other room."""
+    room = flatten(load("opening_door").at(time))
+    other = Camera.look_at((-0.9, 1.0, -3.4), (0, 1, -9))
+    assert escapes(room, 700, 1) == 0.0 and escapes(replace(room, camera=other), 700, 2) == 0.0
+
+
+def test_opening_door_moves_what_it_says() -> None:
+    """Over 8 s, 240 frames at 30 per second: the leaf swings, the lamp and the turntable move, the walls do not."""
+    scene = load("opening_door")
+    assert scene.animation is not None and scene.animation.duration == 8.0
+    before, after = scene.at(0.0), scene.at(3.0)
+    assert after.meshes is before.meshes and after.materials is before.materials and after.camera is not before.camera
+    moved = {b.name for a, b in zip(before.instances, after.instances, strict=True) if a is not b}
+    assert {"door leaf", "lamp", "red box", "turntable top"} <= moved and "floor" not in moved
+    leaf = next(instance.to_world for instance in after.instances if instance.name == "door leaf")
+    hinge = (-0.435 / 0.45, -1.0465 / 1.0385, 0, 1)  # in the space of the leaf's cube
+    np.testing.assert_allclose(leaf @ hinge, (-1.6, 0, -2.5, 1), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["cornell_box", "textured_court"])

@@ -24,6 +24,7 @@ from nrc.viewer.opening import holds_cache, open_source
 from nrc.viewer.playback import Export, Playback, to_rgb8
 from nrc.viewer.scene_session import SceneSession
 from nrc.viewer.session import Picture, Request, Session
+from nrc.viewer.timeline import Timeline
 from nrc.viewer.window import NullWindow, Window
 from nrc.viewer.worker import Message, Worker
 
@@ -82,6 +83,7 @@ class Viewer:
         session, settings, navigation, image_navigation: What is looked at, and how; None before the first is open.
         picked: What `Session.pick` said of the last click.
         playback: The camera path.
+        timeline: The animation of a scene.
         stats, history: Figures of the last picture, and of those before.
         first_picture_seconds: From opening the source to its first picture in the window.
     """
@@ -106,7 +108,7 @@ class Viewer:
         self.image_navigation: ImageNavigation | None = None
         self.picked: dict[str, Any] | None = None
         self.was_picked = False  # just now: its panel opens
-        self.playback = Playback()
+        self.playback, self.timeline = Playback(), Timeline()
         self.show_cameras, self.camera_index = False, 0  # of a radiance field's photographs
         self.history = History()
         self.messages: list[tuple[Message, float]] = []
@@ -213,7 +215,7 @@ class Viewer:
     def look_through(self, camera: Camera) -> None:
         """Look from where another camera does."""
         if self.navigation is not None:
-            self.playback.stop()
+            self.take_control()
             self.navigation.set_camera(camera)
 
     def load_reference(self, path: Path) -> None:
@@ -308,6 +310,9 @@ class Viewer:
             self.say(message.text, is_error=message.is_error)
         if self.navigation is not None:
             self.playback.advance(seconds, self.navigation.camera)
+        if self.timeline.duration > 0.0:
+            self.timeline.advance(seconds)
+            self.change(time=self.timeline.time)
         if self._controls is not None and self._controls.fly(seconds):
             self.window.has_input = True
         self._ask()
@@ -340,6 +345,9 @@ class Viewer:
             self.image_navigation = ImageNavigation(float(width), float(height))
         self.fps = self._fps_asked or (FPS_CPU if session.device.is_cpu else FPS_CUDA)
         self.picked, self.playback, self.history = None, Playback(), History()
+        self.timeline = Timeline()
+        if isinstance(session, SceneSession):
+            self.timeline = Timeline(session.duration, session.has_moving_camera)
         self.first_picture_seconds = None
         self.messages = [(message, at) for message, at in self.messages if not message.is_error]
         self._asked, self._changed = None, self._ticked
@@ -380,10 +388,18 @@ class Viewer:
 
     @property
     def camera(self) -> Camera | None:
-        """Where one looks from: on the path while it plays."""
-        if self.navigation is None:
+        """Where one looks from: on the path while it plays; None for images, and through an animated camera."""
+        if self.navigation is None or (self.timeline.follows_camera and self.playback.camera is None):
             return None
         return self.playback.camera or self.navigation.camera
+
+    def take_control(self) -> None:
+        """Leave the camera path, or the scene's animated camera where it stands."""
+        self.playback.stop()
+        if self.timeline.follows_camera and self.navigation is not None:
+            self.timeline.follows_camera = False
+            if self.picture is not None and self.picture.camera is not None:
+                self.navigation.set_camera(self.picture.camera)
 
     @property
     def viewport(self) -> tuple[int, int, int, int]:

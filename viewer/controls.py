@@ -31,6 +31,7 @@ class Controls:
             key._3: lambda: self._set_integrator("cache"),
             key.SPACE: self._toggle_training,
             key.X: self._toggle_split,
+            key.T: lambda: viewer.timeline.toggle(),
             key.F: viewer.focus,
             key.R: viewer.reset_camera,
             key.HOME: viewer.reset_camera,
@@ -48,6 +49,7 @@ class Controls:
         axes = [sum(sign for symbol, sign in pair if symbol in self._keys) for pair in FLY_KEYS]
         if navigation is None or not any(axes):
             return False
+        self._viewer.take_control()
         navigation.fly(*axes, min(seconds, LONGEST_FLIGHT), fast=not self._keys.isdisjoint(FAST_KEYS))
         return True
 
@@ -58,7 +60,7 @@ class Controls:
         viewer = self._viewer
         if self._press is None:
             return
-        viewer.playback.stop()
+        viewer.take_control()
         left, top, right, bottom = viewer.frame_box
         width, height = right - left, bottom - top
         if viewer.image_navigation is not None:
@@ -85,6 +87,7 @@ class Controls:
             left, top, _, _ = viewer.frame_box
             viewer.image_navigation.zoom(scroll_y, (x - left) * ratio, (viewer.window.size[1] - y - top) * ratio)
         elif viewer.navigation is not None:
+            viewer.take_control()
             viewer.navigation.dolly(scroll_y)
 
     def on_key_press(self, symbol: int, modifiers: int) -> None:
@@ -153,6 +156,7 @@ HELP = (
     ("R, Home", "back to the first view"),
     ("1, 2, 3", "integrator path, nrc, cache"),
     ("X", "split view; drag its line"),
+    ("T", "play or pause the animation"),
     ("Space", "training on or off"),
     ("C", "empty the cache"),
     ("P", "screenshot of the picture"),

@@ -12,7 +12,7 @@ from imgui_bundle import ImVec2, ImVec4, imgui, implot
 
 from nrc.viewer.controls import HELP
 from nrc.viewer.fit_panels import draw_image_panel, draw_nerf_overlay, draw_nerf_panel, draw_sdf_panel
-from nrc.viewer.scene_panels import draw_cache_panel, draw_scene_panel
+from nrc.viewer.scene_panels import draw_animation_panel, draw_cache_panel, draw_scene_panel
 from nrc.viewer.scene_session import SceneSession
 from nrc.viewer.widgets import (
     button,
@@ -77,6 +77,7 @@ def _draw_panels(viewer: Viewer) -> None:
     _draw_file(viewer)
     if session is not None:
         if isinstance(session, SceneSession):
+            draw_animation_panel(viewer)
             draw_cache_panel(viewer, session)
             _draw_plots(viewer)
             draw_scene_panel(viewer, session)

@@ -74,6 +74,27 @@ def _cache_config(config: CacheConfig, device: wp.Device) -> CacheConfig:
     return replace(config, encoding=encoding, learning_rate=rate, n_batches=n_batches, batch_size=records)
 
 
+def draw_animation_panel(viewer: Viewer) -> None:
+    """Play, pause and scrub."""
+    timeline = viewer.timeline
+    if timeline.duration <= 0.0 or not section("animation"):
+        return
+    if imgui.button("pause" if timeline.is_playing else "play"):
+        timeline.toggle()
+    imgui.same_line()
+    timeline.loops = checkbox("loop", timeline.loops)
+    if timeline.has_camera:
+        imgui.same_line()
+        follows = checkbox("the scene's camera", timeline.follows_camera)
+        if timeline.follows_camera and not follows:
+            viewer.take_control()
+        timeline.follows_camera = follows
+    at = slider("second", timeline.time, 0.0, timeline.duration, f"%.2f of {timeline.duration:.2f} s")
+    if at != timeline.time:
+        timeline.seek(at)
+    timeline.speed = slider("speed", timeline.speed, 0.05, 4.0, "%.2f", logarithmic=True)
+
+
 def draw_scene_panel(viewer: Viewer, session: SceneSession) -> None:
     """Display, lights, and the material of the picked object."""
     settings = viewer.settings

@@ -50,6 +50,7 @@ class SceneSettings:
     Attributes:
         integrator: Of the picture, right of the split.
         split: Fraction of the width left of which paths are followed to their ends, or None.
+        time: Of the animation [s].
         view: One of `VIEWS`; "radiance" is shown where the integrator has no such view.
         train: Whether frames train the cache.
         threshold, max_depth: Of `PathTracerConfig`.
@@ -65,6 +66,7 @@ class SceneSettings:
 
     integrator: Integrator = "nrc"
     split: float | None = None
+    time: float = 0.0
     view: str = "radiance"
     train: bool = True
     threshold: float = 0.01
@@ -110,6 +112,8 @@ class SceneSession:
     Attributes:
         light_names: Lights whose strength can change: punctual ones, then emitting materials.
         has_environment: Whether there is one to turn.
+        duration: Of the scene's animation [s]; 0 without one.
+        has_moving_camera: Whether it moves the camera.
     """
 
     kind = "scene"
@@ -123,7 +127,7 @@ class SceneSession:
         encoding: Literal["hash", "frequency"] = "hash",
         seed: int = 0,
     ) -> None:
-        self._base = scene
+        self._base = self._pose = scene
         self.name = scene.name or "scene"
         self.warnings = scene.warnings
         if not scene.has_light:
@@ -144,6 +148,8 @@ class SceneSession:
         self.has_environment = scene.environment is not None
         self.camera: Camera | None = scene.camera
         self.up = _up(scene.camera)
+        self.duration = 0.0 if scene.animation is None else scene.animation.duration
+        self.has_moving_camera = scene.animation is not None and scene.animation.moves_camera
         self.bounds = scene.bounds
         self._shown = self.settings
         self._camera = scene.camera
@@ -176,7 +182,7 @@ class SceneSession:
         if request.settings.compare != "off" and request.settings.shown_view == "radiance":
             self._compare(request.settings.compare)
             stats |= self._reference.figures
-        return Picture(pixels, width, height, stats)
+        return Picture(pixels, width, height, stats, self._camera)
 
     def image(self) -> np.ndarray:
         """Mean of the accumulated frames, or the layer on display, (height, width, 3) float32."""
@@ -227,6 +233,7 @@ class SceneSession:
         """Set the renderer to what is asked for. Whatever changes the picture starts it over."""
         renderer, old, new = self._renderer, self._shown, request.settings
         if _scene_part(new) != _scene_part(old):
+            self._pose = self._base.at(new.time)
             renderer.set_scene(self._scene(new))
             renderer.set_camera(self._camera)
             self._forget_reference()
@@ -239,7 +246,7 @@ class SceneSession:
         if (new.cache, new.integrator) != (old.cache, old.integrator):
             prepare(renderer.kernels(), self.device, report=self.report)
         renderer.train = new.train
-        camera = request.camera or self._base.camera
+        camera = request.camera or self._pose.camera
         if not same_camera(camera, self._camera):
             renderer.set_camera(camera)
             self._camera = camera
@@ -263,8 +270,8 @@ class SceneSession:
         )
 
     def _scene(self, settings: SceneSettings) -> Scene:
-        """The scene with the panels' changes; what they leave alone is the base's own data."""
-        base = self._base
+        """The scene of the moment with the panels' changes; what they leave alone is its own data."""
+        base = self._pose
         n_lights = len(base.lights)
         lights = tuple(_scaled(light, gain) for light, gain in zip(base.lights, settings.light_gains, strict=False))
         materials = list(base.materials)
@@ -376,7 +383,8 @@ class SceneSession:
 
 
 def _scene_part(settings: SceneSettings) -> tuple[Any, ...]:
-    return (settings.environment_turn, settings.environment_gain, settings.light_gains, settings.materials)
+    lights = settings.environment_turn, settings.environment_gain, settings.light_gains
+    return (settings.time, *lights, settings.materials)
 
 
 def _light_name(light: Light, i: int) -> str:

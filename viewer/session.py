@@ -30,7 +30,7 @@ class Request:
     """What the window wants to see.
 
     Attributes:
-        camera: In the session's world; None for images.
+        camera: In the session's world; None for images, and for the scene's own, which its animation may move.
         window: Part of the image; None in three dimensions.
         width, height: Viewport [px].
         seconds: That a frame should take.
@@ -55,12 +55,14 @@ class Picture:
         pixels: sRGB-encoded RGBA: (height, width, 4) uint8 on the host, or (height * width,) uint32 on a device.
         width, height: [px].
         stats: Figures for the panels.
+        camera: Of a scene's picture, what it was seen through.
     """
 
     pixels: np.ndarray | wp.array
     width: int
     height: int
     stats: dict[str, Any] = field(default_factory=dict)
+    camera: Camera | None = None
 
 
 class Session(Protocol):

@@ -1,9 +1,12 @@
 """glTF 2.0 and GLB reader (Khronos specification 2.0.1).
 
 Understood: metallic-roughness materials with every texture but occlusion, alpha modes, vertex colours, samplers, both
-texture coordinate sets, node hierarchies, sparse and normalised accessors, triangle strips and fans, skins at their
-rest pose, morph targets at their default weights, perspective cameras, and `EXTENSIONS`. Everything else the file uses
-is named in `Model.warnings`; an unknown `extensionsRequired` is an error.
+texture coordinate sets, node hierarchies, sparse and normalised accessors, triangle strips and fans, animations of
+nodes and morph weights, skins, perspective cameras, and `EXTENSIONS`. Everything else the file uses is named in
+`Model.warnings`; an unknown `extensionsRequired` is an error.
+
+A mesh that one node uses and nothing moves lies in world space. One that moves, bends or stands in several places is
+kept once, in its own space, with an instance for each place; a skin's mesh is in world space already.
 
 Every material scatters on both sides whatever `doubleSided` says: a path tracer sees the backs of open models, and a
 black back helps nobody. Emission keeps to the front unless `doubleSided`. Photometric light units (candela, lux) are
@@ -13,24 +16,29 @@ taken as radiometric ones.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from nrc.animation import Deformation, Fixed, Placement, Track, Trs
 from nrc.assets.fields import Field
+from nrc.assets.gltf_animation import Target, read_tracks
 from nrc.assets.gltf_buffers import GltfFile
+from nrc.assets.gltf_deformation import read_change, read_morph, read_skin
 from nrc.assets.gltf_materials import EXTENSIONS as MATERIAL_EXTENSIONS
 from nrc.assets.gltf_materials import GltfMaterials
-from nrc.assets.model import Model, rigid, transform_light, transform_mesh, unit
-from nrc.scene import Camera, DirectionalLight, Light, Material, Mesh, PointLight, SpotLight
+from nrc.assets.model import Model, transform_light, transform_mesh
+from nrc.scene import Camera, DirectionalLight, Instance, Light, Material, Mesh, PointLight, SpotLight
+from nrc.transforms import decompose, rigid, trs, unit
 
 EXTENSIONS = (*MATERIAL_EXTENSIONS, "KHR_lights_punctual", "EXT_mesh_gpu_instancing", "KHR_mesh_quantization")
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6
 
 
 def read_gltf(path: Path) -> Model:
-    """What a .gltf or .glb file holds, flattened to world space. Raises SceneError naming file and field."""
+    """What a .gltf or .glb file holds. Raises SceneError naming file and field."""
     return _Reader(path).read()
 
 
@@ -40,16 +48,22 @@ class _Reader:
         self.root = self.file.root
         self.model = Model(name=path.stem, decorative_emission=True)
         self.worlds: dict[int, np.ndarray] = {}
+        self.parents: dict[int, int] = {}
+        self.tracks: dict[Target, Track] = {}
+        self.moving: set[int] = set()
+        self.uses: Counter[tuple[int, tuple[float, ...]]] = Counter()
+        self.shared: dict[tuple[int, tuple[float, ...]], list[int]] = {}
+        self.nodes: dict[int, int] = {}
         self.default_material: int | None = None
 
     def read(self) -> Model:
         self._check_extensions()
         materials = GltfMaterials(self.file, self.model)
         self.model.materials = [materials.read(field) for field in self.root.list("materials")]
-        for index in self._visit_nodes():
+        order = self._visit_nodes()
+        self._read_animations(order)
+        for index in order:
             self._read_node(index)
-        if self.root.list("animations"):
-            self.model.warn("animations are ignored: the file is shown as it stands at rest")
         return self.model
 
     def _check_extensions(self) -> None:
@@ -72,51 +86,164 @@ class _Reader:
             children = {child.integer() for node in nodes for child in node.list("children")}
             roots = [Field(i, self.root.file, f"nodes[{i}]") for i in range(len(nodes)) if i not in children]
         order: list[int] = []
-        stack = [(root, np.eye(4)) for root in reversed(roots)]
+        stack = [(root, -1) for root in reversed(roots)]
         while stack:
             field, parent = stack.pop()
             index = field.index(len(nodes), "nodes")
             if index in self.worlds:
                 raise field.error(f"node {index} has two parents or is its own ancestor")
-            world = parent @ _local_matrix(nodes[index])
-            self.worlds[index] = world
+            local = _local_matrix(nodes[index])
+            self.worlds[index] = local if parent < 0 else self.worlds[parent] @ local
+            self.parents[index] = parent
             order.append(index)
-            stack += [(child, world) for child in reversed(nodes[index].list("children"))]
+            stack += [(child, index) for child in reversed(nodes[index].list("children"))]
         return order
 
+    def _read_animations(self, order: list[int]) -> None:
+        """Fill `tracks`, the `moving` nodes, and `uses`: how often each mesh stands somewhere."""
+        nodes = self.root.list("nodes")
+        n_targets = {}
+        for index in order:
+            if (mesh := nodes[index].get("mesh")) is not None:
+                primitives = self.file.element("meshes", mesh).need("primitives").list()
+                n_targets[index] = max((len(primitive.list("targets")) for primitive in primitives), default=0)
+        with_targets = {index: n for index, n in n_targets.items() if n}
+        self.tracks = read_tracks(self.file, self.model, self.worlds, with_targets)
+        for index in order:
+            own = any((index, path) in self.tracks for path in ("translation", "rotation", "scale"))
+            if own or self.parents[index] in self.moving:
+                self.moving.add(index)
+            if index in n_targets and not self._is_deformed(index):
+                node = nodes[index]
+                key = (node.need("mesh").integer(), tuple(self._weights(node)))
+                self.uses[key] += 1 if self._instancing(node) is None else 2
+
+    def _is_deformed(self, index: int) -> bool:
+        """Whether the mesh of a node bends over time, so that no other can share it."""
+        node = self.root.list("nodes")[index]
+        if (index, "weights") in self.tracks:
+            return True
+        skin = node.get("skin")
+        if skin is None:
+            return False
+        joints = self.file.element("skins", skin).need("joints").list()
+        return any(joint.value in self.moving for joint in joints)
+
+    def _node(self, index: int) -> int:
+        """The animation's node for a node of the file."""
+        if index not in self.nodes:
+            if index not in self.moving:
+                made: Fixed | Trs = Fixed(self.worlds[index])
+            else:
+                made = self._trs(index)
+                parent = self.parents[index]
+                if parent >= 0:
+                    made = replace(made, parent=self._node(parent))
+            self.nodes[index] = self.model.add_node(made)
+        return self.nodes[index]
+
+    def _trs(self, index: int) -> Trs | Fixed:
+        """A node with its tracks, and what it has at rest where there are none."""
+        node = self.root.list("nodes")[index]
+        matrix = _local_matrix(node)
+        tracks = [self.tracks.get((index, path)) for path in ("translation", "rotation", "scale")]
+        if not any(tracks):
+            return Fixed(matrix)
+        try:
+            at_rest = decompose(matrix) if "matrix" in node.value else _trs_values(node)
+        except ValueError as error:
+            raise node.need("matrix").error(f"an animated node's matrix {error}") from None
+        translation, rotation, scale = at_rest
+        return Trs(
+            tracks[0] or Track.constant(translation),
+            tracks[1] or Track.constant(rotation, rotation=True),
+            tracks[2] or Track.constant(scale),
+        )
+
     def _read_node(self, index: int) -> None:
-        node, world = self.root.list("nodes")[index], self.worlds[index]
+        node = self.root.list("nodes")[index]
         if (mesh := node.get("mesh")) is not None:
-            self._place_mesh(node, mesh, world)
+            self._place_mesh(index, node, mesh)
         if (camera := node.get("camera")) is not None:
-            self._place_camera(self.file.element("cameras", camera), world)
+            self._place_camera(self.file.element("cameras", camera), index)
         extensions = node.get("extensions")
         if extensions and (light := extensions.get("KHR_lights_punctual")):
-            self._place_light(light.need("light"), world)
+            self._place_light(light.need("light"), index)
 
     # Geometry
 
-    def _place_mesh(self, node: Field, index: Field, world: np.ndarray) -> None:
-        field = self.file.element("meshes", index)
+    def _place_mesh(self, index: int, node: Field, mesh: Field) -> None:
+        field = self.file.element("meshes", mesh)
         name_field = field.get("name") or node.get("name")
         name = name_field.string() if name_field else field.path
-        weights = [weight.number() for weight in node.list("weights") or field.list("weights")]
-        places = [world @ instance for instance in self._instances(node)]
-        for primitive in field.need("primitives").list():
-            mesh = self._read_primitive(primitive, name, weights)
-            if mesh is None:
-                continue
-            if (skin := node.get("skin")) is not None and "JOINTS_0" in primitive.need("attributes").value:
-                self.model.meshes.append(self._skinned(mesh, primitive.need("attributes"), skin))
-                continue
-            self.model.meshes += [transform_mesh(mesh, place) for place in places]
+        weights = self._weights(node)
+        key = (mesh.integer(), tuple(weights))
+        deformed, skin = self._is_deformed(index), node.get("skin")
+        primitives = field.need("primitives").list()
+        if deformed or skin is not None:
+            for primitive in primitives:
+                self._place_primitive(index, node, primitive, name, weights)
+        elif index in self.moving or self.uses[key] > 1:
+            if key not in self.shared:
+                self.shared[key] = self._add_meshes([self._read_primitive(item, name, weights) for item in primitives])
+            for i in self.shared[key]:
+                self._add_instances(i, index, node, name)
+        else:
+            read = [self._read_primitive(item, name, weights) for item in primitives]
+            self._add_meshes([transform_mesh(item, self.worlds[index]) for item in read if item is not None])
 
-    def _instances(self, node: Field) -> list[np.ndarray]:
-        """Matrices (4, 4) of EXT_mesh_gpu_instancing, or one identity."""
+    def _place_primitive(self, index: int, node: Field, primitive: Field, name: str, weights: list[float]) -> None:
+        """A primitive of a mesh that bends, or might."""
+        animated, targets = self.tracks.get((index, "weights")), primitive.list("targets")
+        mesh = self._read_primitive(primitive, name, weights if animated is None or not targets else [])
+        if mesh is None:
+            return
+        morph = (
+            read_morph(self.file, targets, animated, len(mesh.positions)) if animated is not None and targets else None
+        )
+        attributes = primitive.need("attributes")
+        skin_index = node.get("skin")
+        if skin_index is None or "JOINTS_0" not in attributes.value:
+            (i,) = self._add_meshes([mesh])
+            self._add_instances(i, index, node, name)
+            if morph is not None:
+                self.model.motions.append(Deformation(i, mesh, morph))
+            return
+        skin = read_skin(self.file, attributes, skin_index, len(mesh.positions), self.worlds)
+        if morph is None and not any(joint in self.moving for joint in skin.joints):
+            self._add_meshes([replace(mesh, **Deformation(0, mesh, None, skin).fields(0.0, self.worlds))])
+            return
+        (i,) = self._add_meshes([mesh])
+        skin = replace(skin, joints=tuple(self._node(joint) for joint in skin.joints))
+        self.model.instances.append(Instance(i, np.eye(4), name))  # the node's own transform does not count (3.7.3.3)
+        self.model.motions.append(Deformation(i, mesh, morph, skin))
+
+    def _add_meshes(self, meshes: list[Mesh | None] | list[Mesh]) -> list[int]:
+        """Indices of new meshes, without those that have no triangles."""
+        start = len(self.model.meshes)
+        self.model.meshes += [mesh for mesh in meshes if mesh is not None]
+        return list(range(start, len(self.model.meshes)))
+
+    def _add_instances(self, mesh: int, index: int, node: Field, name: str) -> None:
+        """Place a mesh wherever a node places it."""
+        offsets = self._instancing(node)
+        for offset in [np.eye(4)] if offsets is None else offsets:
+            if index in self.moving:
+                placement = Placement("instance", len(self.model.instances), self._node(index), offset)
+                self.model.motions.append(placement)
+            self.model.instances.append(Instance(mesh, self.worlds[index] @ offset, name))
+
+    def _weights(self, node: Field) -> list[float]:
+        """Morph weights of a node at rest."""
+        mesh = self.file.element("meshes", node.need("mesh"))
+        return [weight.number() for weight in node.list("weights") or mesh.list("weights")]
+
+    def _instancing(self, node: Field) -> list[np.ndarray] | None:
+        """Matrices (4, 4) of EXT_mesh_gpu_instancing, or None."""
         extensions = node.get("extensions")
         extension = extensions.get("EXT_mesh_gpu_instancing") if extensions else None
         if extension is None:
-            return [np.eye(4)]
+            return None
         attributes = extension.need("attributes")
         columns = {}
         for key, kind in (("TRANSLATION", "VEC3"), ("ROTATION", "VEC4"), ("SCALE", "VEC3")):
@@ -129,7 +256,7 @@ class _Reader:
         translation = columns.get("TRANSLATION", np.zeros((n, 3)))
         rotation = columns.get("ROTATION", np.tile([0.0, 0.0, 0.0, 1.0], (n, 1)))
         scale = columns.get("SCALE", np.ones((n, 3)))
-        return [_trs(*values) for values in zip(translation, rotation, scale, strict=True)]
+        return [trs(*values) for values in zip(translation, rotation, scale, strict=True)]
 
     def _read_primitive(self, primitive: Field, name: str, weights: list[float]) -> Mesh | None:
         """One primitive in the space of its mesh; None if it has no triangles."""
@@ -182,10 +309,7 @@ class _Reader:
     def _morphed(self, values: np.ndarray, delta: Field | None, weight: float) -> np.ndarray:
         if delta is None or weight == 0.0:
             return values
-        change = self.file.accessor(delta, ("VEC3",))
-        if len(change) != len(values):
-            raise delta.error(f"has {len(change)} elements, the mesh has {len(values)}")
-        return values + weight * change
+        return values + weight * read_change(self.file, delta, len(values))
 
     def _triangles(self, primitive: Field, mode: int, n: int) -> np.ndarray:
         """Indices (m, 3) int32 of a primitive with `n` vertices."""
@@ -212,39 +336,6 @@ class _Reader:
             triangles = np.column_stack([order[i + 1], order[i + 2], order[np.zeros_like(i)]])
         return np.ascontiguousarray(triangles, np.int32)
 
-    def _skinned(self, mesh: Mesh, attributes: Field, skin_index: Field) -> Mesh:
-        """The mesh bent by its joints as they stand; the node's own transform does not count (section 3.7.3.3)."""
-        skin = self.file.element("skins", skin_index)
-        joints = skin.need("joints").list()
-        binds = skin.get("inverseBindMatrices")
-        inverse = self.file.accessor(binds, ("MAT4",)) if binds else np.tile(np.eye(4).ravel(), (len(joints), 1))
-        if len(inverse) < len(joints):
-            raise skin.error(f"{len(inverse)} inverse bind matrices for {len(joints)} joints")
-        n_nodes = len(self.root.list("nodes"))
-        matrices = np.empty((len(joints), 4, 4))
-        for i, joint in enumerate(joints):
-            index = joint.index(n_nodes, "nodes")
-            if index not in self.worlds:
-                raise joint.error(f"node {index} is not in the scene")
-            matrices[i] = self.worlds[index] @ inverse[i].reshape(4, 4).T
-        which = self.file.accessor(attributes.need("JOINTS_0"), ("VEC4",), convert=False).astype(np.int64)
-        weights = self.file.accessor(attributes.need("WEIGHTS_0"), ("VEC4",))
-        if which.shape != (len(mesh.positions), 4) or weights.shape != which.shape:
-            raise attributes.error("JOINTS_0 and WEIGHTS_0 must have one element for each vertex")
-        if which.min() < 0 or which.max() >= len(joints):
-            raise attributes.need("JOINTS_0").error(f"joint {which.max()} of {len(joints)}")
-        if "JOINTS_1" in attributes.value:
-            self.model.warn(f"mesh {mesh.name!r}: only the first four joints of a vertex count")
-        blend = np.einsum("nj,njrc->nrc", weights, matrices[which])
-        positions = np.einsum("nrc,nc->nr", blend[:, :3, :3], mesh.positions) + blend[:, :3, 3]
-        bent = {"positions": positions.astype(np.float32)}
-        if mesh.normals is not None:
-            bent["normals"] = unit(np.einsum("nrc,nc->nr", blend[:, :3, :3], mesh.normals)).astype(np.float32)
-        if mesh.tangents is not None:
-            direction = unit(np.einsum("nrc,nc->nr", blend[:, :3, :3], mesh.tangents[:, :3]))
-            bent["tangents"] = np.column_stack([direction, mesh.tangents[:, 3]]).astype(np.float32)
-        return replace(mesh, **bent)
-
     def _material(self, primitive: Field) -> int:
         index = primitive.get("material")
         if index is not None:
@@ -265,7 +356,7 @@ class _Reader:
 
     # Cameras and lights
 
-    def _place_camera(self, camera: Field, world: np.ndarray) -> None:
+    def _place_camera(self, camera: Field, index: int) -> None:
         if self.model.camera is not None:
             self.model.warn("the file has several cameras: the first one is used")
             return
@@ -273,11 +364,13 @@ class _Reader:
             self.model.warn(f"{camera.path}: orthographic cameras are not supported")
             return
         yfov = camera.need("perspective").need("yfov").number(1e-4, math.pi - 1e-4)
-        self.model.camera = Camera(to_world=rigid(world), fov=math.degrees(yfov), fov_axis="y")
+        self.model.camera = Camera(to_world=rigid(self.worlds[index]), fov=math.degrees(yfov), fov_axis="y")
+        if index in self.moving:
+            self.model.motions.append(Placement("camera", 0, self._node(index)))
 
-    def _place_light(self, index: Field, world: np.ndarray) -> None:
+    def _place_light(self, reference: Field, index: int) -> None:
         lights = self.root.need("extensions").need("KHR_lights_punctual").need("lights").list()
-        light = lights[index.index(len(lights), "lights")]
+        light = lights[reference.index(len(lights), "lights")]
         kind = light.need("type").string(("point", "spot", "directional"))
         name_field, color_field, intensity_field = (light.get(key) for key in ("name", "color", "intensity"))
         name = name_field.string() if name_field else light.path
@@ -298,30 +391,24 @@ class _Reader:
             placed = SpotLight(origin, forward, intensity, inner, outer, "smooth", name)
         if "range" in light.value:
             self.model.warn(f"light {name!r}: range is ignored, light falls off with the square of the distance alone")
-        self.model.lights.append(transform_light(placed, world))
+        if index in self.moving:
+            self.model.motions.append(Placement("light", len(self.model.lights), self._node(index)))
+        self.model.lights.append(transform_light(placed, self.worlds[index]))
 
 
 def _local_matrix(node: Field) -> np.ndarray:
     """Matrix (4, 4) of a node from `matrix` or from translation, rotation and scale."""
     if (matrix := node.get("matrix")) is not None:
-        return np.array(matrix.vector(16)).reshape(4, 4).T
+        affine = np.array(matrix.vector(16)).reshape(4, 4).T
+        affine[3] = (0.0, 0.0, 0.0, 1.0)  # whatever rounding left there
+        return affine
+    return trs(*_trs_values(node))
+
+
+def _trs_values(node: Field) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     translation, rotation, scale = (node.get(key) for key in ("translation", "rotation", "scale"))
-    return _trs(
+    return (
         np.array(translation.vec3() if translation else (0.0, 0.0, 0.0)),
         np.array(rotation.vector(4) if rotation else (0.0, 0.0, 0.0, 1.0)),
         np.array(scale.vec3() if scale else (1.0, 1.0, 1.0)),
     )
-
-
-def _trs(translation: np.ndarray, rotation: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Translation · rotation (quaternion x, y, z, w) · scale."""
-    x, y, z, w = rotation / max(float(np.linalg.norm(rotation)), 1e-12)
-    matrix = np.eye(4)
-    matrix[:3, :3] = [
-        [1.0 - 2.0 * (y * y + z * z), 2.0 * (x * y - z * w), 2.0 * (x * z + y * w)],
-        [2.0 * (x * y + z * w), 1.0 - 2.0 * (x * x + z * z), 2.0 * (y * z - x * w)],
-        [2.0 * (x * z - y * w), 2.0 * (y * z + x * w), 1.0 - 2.0 * (x * x + y * y)],
-    ]
-    matrix[:3, :3] *= scale
-    matrix[:3, 3] = translation
-    return matrix

@@ -10,10 +10,11 @@ from trimesh.exchange.ply import load_ply
 from trimesh.exchange.stl import load_stl
 from trimesh.geometry import triangulate_quads
 
-from nrc.assets.model import Model, unit
+from nrc.assets.model import Model
 from nrc.assets.obj import read_obj
 from nrc.image import srgb_decode
 from nrc.scene import Material, Mesh, SceneError
+from nrc.transforms import unit
 
 
 def read_mesh_file(path: Path) -> Model:

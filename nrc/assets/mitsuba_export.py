@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nrc.assets.mitsuba_document import import_mitsuba
+from nrc.assets.model import flatten
 from nrc.scene import (
     AnyTexture,
     Camera,
@@ -33,7 +34,7 @@ def to_mitsuba(
     """Dictionary for `mitsuba.load_dict` in the active variant, and what it only approximates, one entry each.
 
     The picture is `width` × `height` [px], box-filtered float32 RGB, by the `path` integrator with `spp` samples per
-    pixel and the given `max_depth` and `rr_depth` (as in `RenderSettings`).
+    pixel and the given `max_depth` and `rr_depth` (as in `RenderSettings`). Instances become meshes of their own.
 
     Raises:
         SceneError: If `mitsuba` is not installed or no RGB variant is active.
@@ -41,6 +42,7 @@ def to_mitsuba(
     mi = import_mitsuba(scene.name or "scene")
     if mi.variant() is None or not mi.variant().endswith("_rgb"):
         raise SceneError(f"set an RGB variant of Mitsuba before the export; active: {mi.variant()}")
+    scene = flatten(scene)
     exporter = _Exporter(mi, scene)
     result: dict[str, Any] = {
         "type": "scene",

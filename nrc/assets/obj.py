@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nrc.assets.model import Model, unit
+from nrc.assets.model import Model
 from nrc.assets.mtl import read_mtl
 from nrc.image import srgb_decode
 from nrc.scene import Material, Mesh, SceneError
+from nrc.transforms import unit
 
 DRAWN = ("v", "vt", "vn", "f", "g", "o", "usemtl", "mtllib", "s")
 Corner = tuple[int, int, int]

@@ -30,6 +30,14 @@ inner_angle [degrees], falloff: "linear" | "smooth"} or {kind: "directional", di
 to_world: a (4, 4) matrix as four rows, or one step or an array of steps, the first applied first. A step is
 {scale: 2 | [x, y, z], rotate: {axis, angle [degrees]}, translate: [x, y, z]}, applied in this order, or
 {look_at: {origin, target, up}}, which moves the origin to `origin` and turns +z to `target`.
+
+Animation: {keyframes: [[seconds, value], ...], interpolation: "linear" | "step" | "cubic"} in the place of a value
+makes it change over time, "linear" if nothing is said; "cubic" is a Catmull-Rom spline through the values. It may stand
+for `scale`, `angle`, `translate`, `origin` and `target` of a transform, for a whole `to_world` (translation, rotation
+and scale of the values then change each for itself), for `fov`, `aperture_radius` and `focus_distance` of the camera,
+`position`, `direction`, `target`, `intensity` and `irradiance` of lights, `scale` of the environment and the `angle` of
+its `rotate`, and `emission` of materials. Before the first and after the last keyframe nothing changes. Animations
+inside a glTF file come along.
 """
 
 from __future__ import annotations
@@ -39,13 +47,15 @@ from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from nrc.animation import Curve, Gap, Node, Placement, Trs, Value
 from nrc.assets import read_model, shapes
 from nrc.assets.fields import Field
-from nrc.assets.model import Model, flip_mesh, rigid, transform_light, transform_mesh, unit, vec3
+from nrc.assets.keyframes import read_direction, read_look_at, read_track, read_transform, read_turn
+from nrc.assets.model import Model
 from nrc.assets.pictures import read_radiance, read_texels
 from nrc.scene import (
     MATERIAL_KINDS,
@@ -64,6 +74,7 @@ from nrc.scene import (
     Texture,
     Vec3,
 )
+from nrc.transforms import rigid
 
 SHAPES: dict[str, Callable[[], shapes.Shape]] = {
     "rectangle": shapes.rectangle,
@@ -102,14 +113,15 @@ class _Reader:
             description.string()
         materials = root.get("materials")
         for key, field in materials.members().items() if materials else ():
-            self.indices[key] = self._add_material(self._material(field, Material(name=key, two_sided=True)))
+            self.indices[key] = self._new_material(field, key)
         for field in root.need("assets").list():
             self._asset(field)
-        model.lights += [_light(field) for field in root.list("lights")]
+        for field in root.list("lights"):
+            self._light(field)
         if (environment := root.get("environment")) is not None:
             model.environment = self._environment(environment)
         if (camera := root.get("camera")) is not None:
-            model.camera = _camera(camera)
+            model.camera = self._camera(camera)
         if (settings := root.get("settings")) is not None:
             model.settings = _settings(settings)
         return model
@@ -121,14 +133,31 @@ class _Reader:
         if ("file" in field.value) == ("shape" in field.value):
             raise field.error("needs either file or shape")
         to_world, flip = field.get("to_world"), field.get("flip_normals")
-        matrix = _transform(to_world) if to_world else np.eye(4)
+        matrix, node = self._place(read_transform(to_world)) if to_world else (np.eye(4), -1)
         part = self._shape(field) if "shape" in field.value else self._file(field)
-        for mesh in part.meshes:
-            placed = transform_mesh(mesh, matrix)
-            self.model.meshes.append(flip_mesh(placed) if flip is not None and flip.boolean() else placed)
-        self.model.lights += [transform_light(light, matrix) for light in part.lights]
-        if part.camera is not None and self.model.camera is None:
-            self.model.camera = replace(part.camera, to_world=rigid(matrix @ part.camera.to_world))
+        if "camera" in self.root.value:  # which is this scene's
+            part.camera = None
+            part.motions = [motion for motion in part.motions if motion.target != "camera"]
+        self.model.add(part, matrix, node, flip=flip is not None and flip.boolean())
+
+    def _place(self, nodes: list[Node]) -> tuple[np.ndarray, int]:
+        """Matrix (4, 4) of a transform at time 0, and its node in the animation, -1 if it stands still."""
+        matrix, node = np.eye(4), -1
+        moves = any(item.end > 0.0 for item in nodes)
+        for item in nodes:
+            matrix = matrix @ item.matrix(0.0)
+            if moves:
+                node = self.model.add_node(replace(item, parent=node))
+        return matrix, node
+
+    def _follow(
+        self, target: Literal["camera", "light", "environment", "material"], index: int, name: str, curve: Curve
+    ) -> Any:
+        """The value of a curve at time 0, as a field `name` that follows it from then on has it."""
+        value = Value(target, index, name, curve)
+        if value.end > 0.0:
+            self.model.motions.append(value)
+        return value.fields(0.0, ())[name]
 
     def _shape(self, field: Field) -> Model:
         kind = field.need("shape").string(tuple(SHAPES))
@@ -173,7 +202,7 @@ class _Reader:
                 if isinstance(override.value, str):
                     places[i] = self._material_index(override)
                 else:
-                    self.model.materials[places[i]] = self._material(override, part.materials[i])
+                    self._set_material(places[i], override, part.materials[i])
         part.meshes = [replace(mesh, material=places[mesh.material]) for mesh in part.meshes]
         return part
 
@@ -192,13 +221,19 @@ class _Reader:
     def _material_index(self, field: Field) -> int:
         """Index of a material given by name or inline."""
         if not isinstance(field.value, str):
-            return self._add_material(self._material(field, Material(name=field.path, two_sided=True)))
+            return self._new_material(field, field.path)
         if field.value not in self.indices:
             raise field.error(f"no material {field.value!r}; there are: {', '.join(self.indices)}")
         return self.indices[field.value]
 
-    def _material(self, field: Field, base: Material) -> Material:
-        """`base` with the fields that the object has."""
+    def _new_material(self, field: Field, name: str) -> int:
+        base = Material(name=name, two_sided=True)
+        index = self._add_material(base)
+        self._set_material(index, field, base)
+        return index
+
+    def _set_material(self, index: int, field: Field, base: Material) -> None:
+        """Make material `index` of `base` with the fields that the object has."""
         field.check_object(MATERIAL_KEYS)
         changes: dict[str, Any] = {}
         for key, value in field.members().items():
@@ -206,6 +241,8 @@ class _Reader:
                 changes[key] = self._texture(value, color=key.removesuffix("_texture") in COLORS)
                 if key.removesuffix("_texture") in ("base_color", "emission"):
                     changes.setdefault(key.removesuffix("_texture"), (1.0, 1.0, 1.0))
+            elif key == "emission":
+                changes[key] = self._follow("material", index, key, read_track(value, _color))
             elif key in COLORS:
                 changes[key] = value.vec3(0.0)
             elif key in CHOICES:
@@ -220,7 +257,7 @@ class _Reader:
             else:
                 changes[key] = value.number(-math.inf if key in SIGNED else 0.0)
         try:
-            return replace(base, **changes)
+            self.model.materials[index] = replace(base, **changes)
         except SceneError as error:
             raise field.error(str(error)) from None
 
@@ -272,133 +309,110 @@ class _Reader:
             image = read_radiance(path, f"{file.file}: {file.path}")
         else:
             image = np.array(field.need("radiance").vec3(0.0), np.float32).reshape(1, 1, 3)
-        rotation = _rotation(rotate)[:3, :3] if rotate else np.eye(3)
-        return Environment(image, rotation, scale.number(0.0) if scale else 1.0)
+        rotation = np.eye(3)
+        if rotate is not None:
+            matrix, node = self._place([Trs(rotation=read_turn(rotate))])
+            rotation = matrix[:3, :3]
+            if node >= 0:
+                self.model.motions.append(Placement("environment", 0, node))
+        strength = self._follow("environment", 0, "scale", read_track(scale, _positive)) if scale else 1.0
+        return Environment(image, rotation, strength)
+
+    # Lights and camera
+
+    def _light(self, field: Field) -> None:
+        kind = field.need("kind").string(("point", "spot", "directional"))
+        keys: dict[str, tuple[str, ...]] = {
+            "point": ("position", "intensity"),
+            "spot": ("position", "target", "direction", "intensity", "outer_angle", "inner_angle", "falloff"),
+            "directional": ("direction", "irradiance"),
+        }
+        field.check_object(("kind", "name", *keys[kind]))
+        name_field = field.get("name")
+        name = name_field.string() if name_field else field.path
+        values = {
+            key: self._follow("light", len(self.model.lights), key, read_track(field.need(key), read))
+            for key, read in (("position", Field.vec3), ("intensity", _color), ("irradiance", _color))
+            if key in keys[kind]
+        }
+        if kind != "point":
+            values["direction"] = self._direction(field, kind)
+        light: Light
+        if kind == "point":
+            light = PointLight(**values, name=name)
+        elif kind == "directional":
+            light = DirectionalLight(**values, name=name)
+        else:
+            outer = field.need("outer_angle").number(1e-3, 90.0)
+            inner, falloff = field.get("inner_angle"), field.get("falloff")
+            light = SpotLight(
+                **values,
+                inner_angle=math.radians(inner.number(0.0, outer)) if inner else 0.0,
+                outer_angle=math.radians(outer),
+                falloff=falloff.string(("linear", "smooth")) if falloff else "linear",  # type: ignore[arg-type]
+                name=name,
+            )
+        self.model.lights.append(light)
+
+    def _direction(self, field: Field, kind: str) -> Vec3:
+        """Where a light shines, along a direction or, from its position, to a target."""
+        if kind == "spot" and ("target" in field.value) == ("direction" in field.value):
+            raise field.error("needs either target or direction")
+        if "target" not in field.value:
+            curve: Curve = read_track(field.need("direction"), read_direction)
+        else:
+            target = field.need("target")
+            curve = Gap(read_track(field.need("position"), Field.vec3), read_track(target, Field.vec3))
+            for time in sorted({0.0, *curve.origin.times, *curve.target.times}):
+                if np.linalg.norm(curve.at(time)) < 1e-12:
+                    raise target.error("gives no direction: the vector has no length")
+        return self._follow("light", len(self.model.lights), "direction", curve)
+
+    def _camera(self, field: Field) -> Camera:
+        field.check_object(("look_at", "to_world", "fov", "fov_axis", "aperture_radius", "focus_distance"))
+        if ("look_at" in field.value) == ("to_world" in field.value):
+            raise field.error("needs either look_at or to_world")
+        turned, distance = np.eye(4), 1.0
+        if (look_at := field.get("look_at")) is not None:
+            matrix, node = self._place([read_look_at(look_at)])
+            turned = np.diag([-1.0, 1.0, -1.0, 1.0])
+            origin, target = (read_track(look_at.need(key), Field.vec3) for key in ("origin", "target"))
+            if "focus_distance" not in field.value:
+                distance = self._follow("camera", 0, "focus_distance", Gap(origin, target, length=True))
+        else:
+            matrix, node = self._place(read_transform(field.need("to_world")))
+        if node >= 0:
+            self.model.motions.append(Placement("camera", 0, node, turned))
+        values = {
+            key: self._follow("camera", 0, key, read_track(field.child(key), read))
+            for key, read in (("fov", _fov), ("aperture_radius", _positive), ("focus_distance", _distance))
+            if key in field.value
+        }
+        axis = field.get("fov_axis")
+        return Camera(
+            rigid(matrix @ turned),
+            fov_axis=axis.string(("x", "y", "smaller", "larger")) if axis else "x",  # type: ignore[arg-type]
+            **{"focus_distance": distance, **values},
+        )
 
 
-def _light(field: Field) -> Light:
-    kind = field.need("kind").string(("point", "spot", "directional"))
-    keys: dict[str, tuple[str, ...]] = {
-        "point": ("position", "intensity"),
-        "spot": ("position", "target", "direction", "intensity", "outer_angle", "inner_angle", "falloff"),
-        "directional": ("direction", "irradiance"),
-    }
-    field.check_object(("kind", "name", *keys[kind]))
-    name_field = field.get("name")
-    name = name_field.string() if name_field else field.path
-    if kind == "point":
-        return PointLight(field.need("position").vec3(), field.need("intensity").vec3(0.0), name)
-    if kind == "directional":
-        return DirectionalLight(_direction(field.need("direction")), field.need("irradiance").vec3(0.0), name)
-    position = field.need("position").vec3()
-    if ("target" in field.value) == ("direction" in field.value):
-        raise field.error("needs either target or direction")
-    direction = (
-        _direction(field.child("direction"))
-        if "direction" in field.value
-        else _direction(field.child("target"), position)
-    )
-    outer = field.need("outer_angle").number(1e-3, 90.0)
-    inner, falloff = field.get("inner_angle"), field.get("falloff")
-    return SpotLight(
-        position,
-        direction,
-        field.need("intensity").vec3(0.0),
-        math.radians(inner.number(0.0, outer)) if inner else 0.0,
-        math.radians(outer),
-        falloff.string(("linear", "smooth")) if falloff else "linear",  # type: ignore[arg-type]
-        name,
-    )
+def _color(field: Field) -> Vec3:
+    return field.vec3(0.0)
 
 
-def _direction(field: Field, origin: Vec3 = (0.0, 0.0, 0.0)) -> Vec3:
-    vector = np.array(field.vec3()) - origin
-    if np.linalg.norm(vector) < 1e-12:
-        raise field.error("gives no direction: the vector has no length")
-    return vec3(unit(vector))
+def _positive(field: Field) -> float:
+    return field.number(0.0)
 
 
-def _camera(field: Field) -> Camera:
-    field.check_object(("look_at", "to_world", "fov", "fov_axis", "aperture_radius", "focus_distance"))
-    if ("look_at" in field.value) == ("to_world" in field.value):
-        raise field.error("needs either look_at or to_world")
-    if (look_at := field.get("look_at")) is not None:
-        to_world = _look_at(look_at) @ np.diag([-1.0, 1.0, -1.0, 1.0])
-        distance = float(np.linalg.norm(np.subtract(look_at.need("target").vec3(), look_at.need("origin").vec3())))
-    else:
-        to_world, distance = rigid(_transform(field.need("to_world"))), 1.0
-    fov, axis, aperture, focus = (field.get(key) for key in ("fov", "fov_axis", "aperture_radius", "focus_distance"))
-    return Camera(
-        to_world,
-        fov=fov.number(1e-3, 179.0) if fov else 40.0,
-        fov_axis=axis.string(("x", "y", "smaller", "larger")) if axis else "x",  # type: ignore[arg-type]
-        aperture_radius=aperture.number(0.0) if aperture else 0.0,
-        focus_distance=focus.number(1e-9) if focus else distance,
-    )
+def _distance(field: Field) -> float:
+    return field.number(1e-9)
+
+
+def _fov(field: Field) -> float:
+    return field.number(1e-3, 179.0)
 
 
 def _settings(field: Field) -> RenderSettings:
     lowest = {"width": 1, "height": 1, "spp": 1, "max_depth": -1, "rr_depth": 0}
     field.check_object(lowest)
     return RenderSettings(**{key: value.integer(lowest[key], 2**31 - 1) for key, value in field.members().items()})
-
-
-def _transform(field: Field) -> np.ndarray:
-    """Matrix (4, 4) of a `to_world` value."""
-    value = field.value
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        rows = [row.vector(4) for row in field.list()]
-        matrix = np.array(rows)
-        if matrix.shape != (4, 4):
-            raise field.wrong("four rows of four numbers")
-        if not np.array_equal(matrix[3], [0.0, 0.0, 0.0, 1.0]):
-            raise field.error("the last row of a transform must be 0 0 0 1")
-    else:
-        matrix = np.eye(4)
-        for step in field.list() if isinstance(value, list) else [field]:
-            matrix = _step(step) @ matrix
-    if abs(np.linalg.det(matrix[:3, :3])) < 1e-30:
-        raise field.error("the transform is singular")
-    return matrix
-
-
-def _step(field: Field) -> np.ndarray:
-    if isinstance(field.value, dict) and "look_at" in field.value:
-        field.check_object(("look_at",))
-        return _look_at(field.child("look_at"))
-    field.check_object(("scale", "rotate", "translate", "look_at"))
-    scale, rotate, translate = field.get("scale"), field.get("rotate"), field.get("translate")
-    matrix = np.eye(4)
-    if scale is not None:
-        matrix[:3, :3] = np.diag(scale.vec3() if isinstance(scale.value, list) else (scale.number(),) * 3)
-    if rotate is not None:
-        matrix = _rotation(rotate) @ matrix
-    if translate is not None:
-        matrix[:3, 3] += translate.vec3()
-    return matrix
-
-
-def _rotation(field: Field) -> np.ndarray:
-    """Matrix (4, 4) of a turn around an axis (Rodrigues' formula)."""
-    field.check_object(("axis", "angle"))
-    axis = np.array(_direction(field.need("axis")))
-    angle = math.radians(field.need("angle").number())
-    cross = np.array([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
-    matrix = np.eye(4)
-    matrix[:3, :3] += math.sin(angle) * cross + (1.0 - math.cos(angle)) * cross @ cross
-    return matrix
-
-
-def _look_at(field: Field) -> np.ndarray:
-    """Matrix (4, 4) that moves the origin to `origin` and turns +z to `target` and +y towards `up`."""
-    field.check_object(("origin", "target", "up"))
-    origin = field.need("origin").vec3()
-    forward = np.array(_direction(field.need("target"), origin))
-    up_field = field.get("up")
-    right = np.cross(up_field.vec3() if up_field else (0.0, 1.0, 0.0), forward)
-    if np.linalg.norm(right) < 1e-8:
-        raise field.error("up must not be parallel to the direction from origin to target")
-    matrix = np.eye(4)
-    right = unit(right)
-    matrix[:3, 0], matrix[:3, 1], matrix[:3, 2], matrix[:3, 3] = right, np.cross(forward, right), forward, origin
-    return matrix

@@ -1,0 +1,112 @@
+"""`AnimationJob`: renders numbered frames of a moving scene, with progress, checkpoints and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nrc.interrupt import interruptible
+from nrc.render_job import CHECKPOINT_SECONDS, Budget, load_checkpoint, save_checkpoint
+from nrc.renderer import Renderer
+from nrc.scene import Scene
+
+CHECKPOINT_KIND = "nrc.animation"
+
+
+class AnimationJob:
+    """Renders frames one after the other; what the cache learned goes from one to the next.
+
+    A checkpoint is the whole state after some sample of some frame. Frames before it that are written already stay;
+    from it on everything is rendered, the frame under way continued: a job that was stopped and resumed gives the same
+    pictures as one that was not (on the CPU bit for bit). Frames before it whose files are gone are rendered first,
+    with what the cache has learned by then.
+
+    Args:
+        renderer: Prepared renderer.
+        scene: What moves; frame k shows it at k / fps.
+        fps: Frames per second.
+        identity: What a checkpoint must agree on to be continued: scene, size, settings, budget of a frame.
+        checkpoint: Where the state is kept.
+
+    Attributes:
+        frame: Number of the frame that the renderer holds, or None.
+        seconds: Rendering time of this frame so far, moving the scene included.
+        interrupted: Whether Ctrl-C ended the run.
+    """
+
+    def __init__(
+        self, renderer: Renderer, scene: Scene, fps: float, identity: dict[str, Any], checkpoint: Path
+    ) -> None:
+        self.renderer, self.scene, self.fps, self.checkpoint = renderer, scene, fps, checkpoint
+        self.identity = json.loads(json.dumps({**identity, "fps": fps}))  # as a checkpoint gives it back
+        self.frame: int | None = None
+        self.seconds = 0.0
+        self.interrupted = False
+
+    def time(self, frame: int) -> float:
+        """What moment a frame shows [s]."""
+        return frame / self.fps
+
+    def resume(self) -> None:
+        """Continue from the checkpoint. Raises CheckpointError when it is missing, broken or of another job."""
+        state, config = load_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.identity)
+        self.renderer.set_scene(self.scene.at(self.time(config["frame"])))
+        self.renderer.load_state(state)
+        self.frame, self.seconds = config["frame"], config["seconds"]
+
+    def run(
+        self, frames: range, budget: Budget, path: Callable[[int], Path], write: Callable[[int], None]
+    ) -> list[int]:
+        """Render `frames` until `budget` is spent for each, or until Ctrl-C.
+
+        Args:
+            path: File of a frame. It is skipped if it exists and comes before the frame that a checkpoint resumed.
+            write: Write the renderer's picture as a frame.
+
+        Returns:
+            The frames that were written.
+        """
+        resumed, written = self.frame, []
+        todo = [k for k in frames if resumed is None or k >= resumed or not path(k).exists()]
+        last = time.perf_counter()
+        with (
+            interruptible("sample") as stopped,
+            # disable=None: quiet where standard error is not a terminal
+            tqdm(total=len(frames), initial=len(frames) - len(todo), unit="frame", desc="render", disable=None) as bar,
+        ):
+            for k in todo:
+                if k != self.frame:
+                    self._show(k)
+                while not stopped() and not budget.is_spent(self.renderer.film.n_frames, self.seconds):
+                    start = time.perf_counter()
+                    self.renderer.frame()
+                    now = time.perf_counter()
+                    self.seconds += now - start
+                    if now - last > CHECKPOINT_SECONDS:
+                        self.save()
+                        last = time.perf_counter()
+                if not budget.is_spent(self.renderer.film.n_frames, self.seconds):
+                    break
+                write(k)
+                written.append(k)
+                bar.update()
+            self.interrupted = stopped()
+        if self.frame is not None:
+            self.save()
+        return written
+
+    def _show(self, frame: int) -> None:
+        """Move the scene to a frame."""
+        start = time.perf_counter()
+        self.renderer.set_scene(self.scene.at(self.time(frame)))
+        self.frame, self.seconds = frame, time.perf_counter() - start
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash in between leaves the older one. Raises CheckpointError."""
+        config = {"identity": self.identity, "frame": self.frame, "seconds": self.seconds}
+        save_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.renderer.state(), config)
