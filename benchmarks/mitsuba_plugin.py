@@ -3,8 +3,9 @@
     python benchmarks/mitsuba_plugin.py scene.xml -D resx=320 -D resy=180 --reference reference.exr
     python benchmarks/mitsuba_plugin.py builtin --json
 
-The cache starts untrained; a short render with another seed compiles for each of the two. `path` then gets the time
-that the plugin took: wall-clock time, or with --cpu the process' CPU time, for a machine that has other jobs. Both use
+The cache starts untrained; short renders with another seed compile for each of the two and tell how many samples fit
+into the time, which the plugin's training before the first picture counts to. `path` then gets the time that the plugin
+took: wall-clock time, or with --cpu the process' CPU time, for a machine that has other jobs. Both use
 the scene's sampler; with --sobol the plugin replaces an `independent` one by Sobol' points at the first two vertices.
 "builtin" is a scene of plugins that only Mitsuba reads, with a long render by `path` as reference.
 """
@@ -30,6 +31,7 @@ from nrc.metrics import mean_bias, relmse
 
 SEED, WARM_UP_SEED, REFERENCE_SEED = 1, 1_000_000, 2_000_000
 PATH_SPP = 16  # of a `path` render
+SHORT_SPP = 64  # of the plugin's short renders: as many samples per pass as later
 
 
 def builtin_scene(width: int, height: int, folder: Path) -> dict[str, Any]:
@@ -124,11 +126,19 @@ def compare(scene: Any, depths: dict[str, int], reference: np.ndarray, arguments
     cpu = arguments.cpu
     plugin = mi.load_dict({"type": "nrc", "sobol": arguments.sobol, **depths})
     path = mi.load_dict({"type": "path", **depths})
-    for _ in range(2):  # compile, then measure
-        _, seconds = timed(lambda: mi.render(scene, integrator=plugin, seed=WARM_UP_SEED, spp=PATH_SPP), cpu)
+
+    def short() -> float:
+        return timed(lambda: mi.render(scene, integrator=plugin, seed=WARM_UP_SEED, spp=SHORT_SPP), cpu)[1]
+
+    for _ in range(2):
         timed(lambda: mi.render(scene, integrator=path, seed=WARM_UP_SEED, spp=PATH_SPP), cpu)
+    short()  # compiles
+    trained = short()
     plugin.reset_cache()
-    spp = max(1, round(arguments.seconds / seconds)) * PATH_SPP
+    untrained = short()
+    plugin.reset_cache()
+    left = max(arguments.seconds - (untrained - trained), 0.0)
+    spp = max(1, round(left / trained * SHORT_SPP / PATH_SPP)) * PATH_SPP
     pictures, figures = {}, {}
     pictures["nrc"], seconds = timed(lambda: mi.render(scene, integrator=plugin, seed=SEED, spp=spp), cpu)
     figures["nrc"] = {"spp": spp, "seconds": seconds, "training_passes": plugin.n_passes}

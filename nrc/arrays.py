@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ def as_written_rows(name: str, array: Any, n_columns: int, device: wp.Device, n_
         ValueError: Shape, type, device or layout do not allow that.
     """
     view = _view(name, array)
-    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    read_only = _is_read_only(array)
     ok = view.ndim == 2 and view.dtype == wp.float32 and view.device == device and not read_only
     if not ok or view.shape[1] != n_columns or (view.shape[0] > 0 and view.strides[1] != 4 and n_columns > 1):
         kind = "writable " if read_only else ""
@@ -60,7 +61,7 @@ def as_written_values(name: str, array: Any, n: int, device: wp.Device) -> wp.ar
         ValueError: Shape, type, device or layout do not allow that.
     """
     view = _view(name, array)
-    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    read_only = _is_read_only(array)
     ok = view.dtype == wp.float32 and view.device == device and (view.is_contiguous or n == 0) and not read_only
     if not ok or view.shape != (n,):
         kind = "writable " if read_only else ""
@@ -151,6 +152,14 @@ def describe(array: Any) -> str:
     return repr(type(array))
 
 
+def _is_read_only(array: Any) -> bool:
+    """Whether the caller may not find `array` changed: NumPy's flag, and all arrays of JAX, whose memory is shared."""
+    if isinstance(array, np.ndarray):
+        return not array.flags.writeable
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.Array)
+
+
 def _check_rows(name: str, view: wp.array, n_rows: int) -> None:
     if view.shape[0] < n_rows:
         raise ValueError(f"{name} has {view.shape[0]} rows, x has {n_rows}")
@@ -198,7 +207,7 @@ def _view(name: str, array: Any) -> wp.array:
             return cast(wp.array, wp.from_dlpack(array))
         if hasattr(array, "__cuda_array_interface__"):
             return wp.array(array, device=wp.get_device("cuda"), copy=False)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{name}: cannot read {type(array).__name__}: {error}") from error
     raise ValueError(
         f"{name} must be an array (NumPy, Warp, DLPack or CUDA array interface), got {type(array).__name__}"

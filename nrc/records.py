@@ -86,6 +86,7 @@ class Records:
         Raises:
             ValueError: An array of another shape, type, layout or device, by name and with what it is.
         """
+        wp.init()  # DLPack arrays may be the first that Warp sees
         first = read_in_place("position", position)
         arrays = {"position": position, "wo": wo, "normal": normal, "roughness": roughness}
         arrays |= {"diffuse": diffuse, "specular": specular}
@@ -101,10 +102,17 @@ class Records:
         direction of another length is encoded with a wrong polar angle, and a point outside the bounds as one on them.
 
         Args:
-            count: Records to look at; all by default.
+            count: Records to look at, a number; all by default.
             bounds: The cache's, to look for points outside.
+
+        Raises:
+            ValueError: More records than there are, or bounds that are not two finite corners in order.
         """
-        n = self.capacity if count is None else min(count, self.capacity)
+        n = self.capacity if count is None else count
+        if not isinstance(n, int | np.integer) or not 0 <= n <= self.capacity:
+            raise ValueError(f"count must be a number from 0 to {self.capacity}, the capacity, got {count!r}")
+        if bounds is not None:
+            bounds = _corners(bounds)
         values = {name: getattr(self, name).numpy()[:n].reshape(n, -1) for name in FIELDS}
         finite = np.all([np.isfinite(v).all(axis=1) for v in values.values()], axis=0)
         values = {name: v.astype(np.float64) for name, v in values.items()}
@@ -192,6 +200,17 @@ class TrainingPaths:
             outputs=[self.records.view, self.targets, self.vertex_index, self.record_slot],
             device=self.device,
         )
+
+
+def _corners(bounds: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner, (3,) each. Raises ValueError for anything else."""
+    try:
+        lower, upper = (np.asarray(corner, float) for corner in bounds)
+    except (TypeError, ValueError):
+        lower = upper = np.empty(0)
+    if lower.shape != (3,) or upper.shape != (3,) or not np.isfinite([lower, upper]).all() or np.any(lower > upper):
+        raise ValueError(f"bounds must be two finite corners of 3 numbers, the lower one first, got {bounds!r}")
+    return lower, upper
 
 
 def compact(

@@ -12,6 +12,8 @@ import pytest
 import warp as wp
 from small_scenes import welch_t
 
+from nrc import RadianceCache
+
 ROOT = Path(__file__).resolve().parent.parent
 NEVER = 1e30  # spread_threshold at which no path ends in the cache
 T_LIMIT, T_FRACTION, T_MEAN_LIMIT = 3.5, 0.997, 4.0  # as in test_mitsuba_render.py
@@ -68,7 +70,8 @@ def test_plugin_without_cache_agrees_with_path(mi, film, options) -> None:
     """Welch t over independent renders, per pixel channel and in the mean; alpha too."""
     scene = cornell_box(mi, **film)
     shared = {name: value for name, value in options.items() if name in ("max_depth", "hide_emitters")}
-    ours = pictures(mi, scene, mi.load_dict({"type": "nrc", "spread_threshold": NEVER, **options}), 24, 16)
+    never = {"type": "nrc", "spread_threshold": NEVER, "warm_up": 0}
+    ours = pictures(mi, scene, mi.load_dict({**never, **options}), 24, 16)
     theirs = pictures(mi, scene, mi.load_dict({"type": "path", **shared}), 24, 16, first_seed=100)
     assert ours.shape == theirs.shape
     mean_t = np.abs(welch_t(ours.mean(axis=(1, 2)), theirs.mean(axis=(1, 2))))
@@ -94,8 +97,7 @@ def test_furnace_is_one(mi) -> None:
             },
         }
     )
-    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 1})
-    mi.render(scene, integrator=integrator, spp=96)
+    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 1, "warm_up": 96})
     picture = np.array(mi.render(scene, integrator=integrator, spp=32, seed=1))
     assert abs(picture.mean() - 1.0) < 0.02
     assert integrator.cache.stats()["rounds"] == integrator.n_passes == 128
@@ -155,18 +157,37 @@ def test_media_are_refused(mi) -> None:
 
 
 def test_wrong_parameters_are_named(mi) -> None:
-    """Encoding, threshold and counts are checked when the integrator is made or first used."""
-    for wrong in ({"encoding": "dense"}, {"spread_threshold": -1.0}, {"spp_per_pass": -1}):
-        with pytest.raises(RuntimeError, match=next(iter(wrong))):
-            mi.load_dict({"type": "nrc", **wrong})
-    with pytest.raises(RuntimeError, match=r"spp_per_pass \(3\) does not divide 4"):
-        mi.load_dict({"type": "nrc", "spp_per_pass": 3}).render(cornell_box(mi, 8), spp=4)
+    """Types and values are checked when the integrator is made, samples per pass when it is first used."""
+    values = [("encoding", "dense"), ("spread_threshold", -1.0), ("spp_per_pass", -1), ("warm_up", -1)]
+    values += [("max_depth", -2), ("rr_depth", 0)]
+    types = [("max_depth", 3.5), ("max_depth", True), ("rr_depth", 2.0), ("training_records", 1e3), ("warm_up", "1")]
+    types += [("spp_per_pass", 1.5), ("spread_threshold", "a"), ("sobol", 1), ("encoding", 1)]
+    for wrong, message in [(v, "") for v in values] + [(t, " must be .*, got ") for t in types]:
+        with pytest.raises(RuntimeError, match=wrong[0] + message):
+            mi.load_dict({"type": "nrc", wrong[0]: wrong[1]})
+    assert "threshold = 1.0]" in str(mi.load_dict({"type": "nrc", "spread_threshold": 1}))
+    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 3})
+    with pytest.raises(RuntimeError, match=r"spp_per_pass \(3\) does not divide 4 samples per pixel$"):
+        integrator.render(cornell_box(mi, 8), spp=4)
+
+
+def test_samplers_may_round_the_number_of_samples_up(mi) -> None:
+    """`orthogonal` draws squares of primes: the picture has as many, and an error says where they come from."""
+    description = mi.cornell_box()
+    description["sensor"] |= {"sampler": {"type": "orthogonal"}}
+    description["sensor"]["film"] |= {"width": 8, "height": 8}
+    scene = mi.load_dict(description)
+    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 3, "warm_up": 0})
+    mi.render(scene, integrator=integrator, spp=5)
+    assert integrator.n_passes == 3
+    with pytest.raises(RuntimeError, match=r"does not divide 25 samples per pixel, what this sampler makes of 10$"):
+        integrator.render(scene, spp=10)
 
 
 def test_same_seed_gives_the_same_picture(mi) -> None:
     """An untrained cache and the same seed give the same picture, another seed another one."""
     scene = cornell_box(mi)
-    options = {"type": "nrc", "spp_per_pass": 1}
+    options = {"type": "nrc", "spp_per_pass": 1, "warm_up": 4}
     a, b, c = (np.array(mi.render(scene, integrator=mi.load_dict(options), spp=8, seed=seed)) for seed in (3, 3, 4))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # threads add to pixels in any order
     assert np.abs(a - c).max() > 0.05
@@ -176,7 +197,7 @@ def test_training_goes_on_across_renders(mi) -> None:
     """Later calls start from what earlier ones learned; forgetting it brings the first call's error back."""
     scene = cornell_box(mi)
     reference = np.array(mi.render(scene, integrator=mi.load_dict({"type": "path"}), spp=2048, seed=99))
-    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 1})
+    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 1, "warm_up": 0})
 
     def bias(seed: int, spp: int) -> float:
         picture = np.array(mi.render(scene, integrator=integrator, spp=spp, seed=seed))
@@ -191,10 +212,27 @@ def test_training_goes_on_across_renders(mi) -> None:
     assert bias(0, 8) == pytest.approx(first, rel=1e-3)
 
 
+def test_first_picture_comes_from_a_trained_cache(mi, tmp_path: Path) -> None:
+    """Training passes before it, once: not in later calls, and not with a cache that was saved."""
+    scene = cornell_box(mi)
+    reference = np.array(mi.render(scene, integrator=mi.load_dict({"type": "path"}), spp=2048, seed=99))
+    integrator = mi.load_dict({"type": "nrc", "spp_per_pass": 8})
+    first = np.array(mi.render(scene, integrator=integrator, spp=64))
+    assert abs(first.mean() / reference.mean() - 1.0) < 0.02
+    assert integrator.n_passes == integrator.cache.stats()["rounds"] == 128 + 8
+    mi.render(scene, integrator=integrator, spp=16)
+    assert integrator.n_passes == 128 + 8 + 2
+    integrator.cache.save(tmp_path / "cache.nrc")
+    other = mi.load_dict({"type": "nrc", "spp_per_pass": 8})
+    other.cache = RadianceCache.load(tmp_path / "cache.nrc", max_queries=1, max_records=1, device="cpu")
+    mi.render(scene, integrator=other, spp=16)
+    assert other.n_passes == 2 and other.cache.stats()["rounds"] == 128 + 8 + 2 + 2
+
+
 def test_one_integrator_renders_several_scenes_and_sensors(mi) -> None:
-    """Another sensor and a scene that lies in the box keep the cache; a larger one gets a new cache."""
+    """Another sensor and a scene in the box keep the cache, an unlit one is black; a larger one gets its own."""
     scene = cornell_box(mi, 16)
-    integrator = mi.load_dict({"type": "nrc"})
+    integrator = mi.load_dict({"type": "nrc", "spread_threshold": NEVER, "warm_up": 0})
     mi.render(scene, integrator=integrator, spp=4)
     cache = integrator.cache
     sensor = mi.load_dict({"type": "perspective", "film": {"type": "hdrfilm", "width": 24, "height": 8}})
@@ -203,12 +241,33 @@ def test_one_integrator_renders_several_scenes_and_sensors(mi) -> None:
     params["light.emitter.radiance.value"] = mi.Color3f(0.0)
     params.update()
     dark = np.array(mi.render(scene, integrator=integrator, spp=4))
-    assert integrator.cache is cache and np.isfinite(dark).all()
+    assert integrator.cache is cache and not dark.any()
     description = mi.cornell_box()
     description["far"] = {"type": "sphere", "center": [9.0, 0.0, 0.0]}
     description["sensor"]["film"] |= {"width": 16, "height": 16}
     mi.render(mi.load_dict(description), integrator=integrator, spp=4)
     assert integrator.cache is not cache
+
+
+def test_integrators_around_the_plugin(mi) -> None:
+    """`aov` has the plugin's colours and its own channels; `moment`, which asks ray by ray, has those of `path`."""
+    description = mi.cornell_box()
+    description["sensor"]["film"] |= {"width": 16, "height": 16}
+    scene = mi.load_dict(description)
+    options = {"type": "nrc", "warm_up": 2}
+
+    def around(kind: str, inner: dict, **more) -> np.ndarray:
+        return np.array(mi.render(scene, integrator=mi.load_dict({"type": kind, "img": inner, **more}), spp=4, seed=5))
+
+    alone = np.array(mi.render(scene, integrator=mi.load_dict(options), spp=4, seed=5))
+    aovs = {"aovs": "depth:depth,normal:sh_normal"}
+    ours, theirs = around("aov", options, **aovs), around("aov", {"type": "path"}, **aovs)
+    assert ours.shape == theirs.shape == (16, 16, 7)
+    np.testing.assert_allclose(ours[..., :3], alone, rtol=1e-5, atol=1e-6)
+    assert np.abs(ours[..., :3] - theirs[..., :3]).max() > 0.05
+    np.testing.assert_allclose(ours[..., 3:].mean((0, 1)), theirs[..., 3:].mean((0, 1)), rtol=0.02, atol=0.02)
+    paths = {"type": "path", "max_depth": -1}
+    np.testing.assert_allclose(around("moment", options), around("moment", paths), rtol=1e-5, atol=1e-6)
 
 
 def test_scene_that_only_mitsuba_reads(mi, tmp_path: Path) -> None:
@@ -218,8 +277,7 @@ def test_scene_that_only_mitsuba_reads(mi, tmp_path: Path) -> None:
         scene = mi.load_dict(importlib.import_module("mitsuba_plugin").builtin_scene(48, 36, tmp_path))
     finally:
         sys.path.pop(0)
-    integrator = mi.load_dict({"type": "nrc", "max_depth": 16, "spp_per_pass": 1})
-    mi.render(scene, integrator=integrator, spp=64)
+    integrator = mi.load_dict({"type": "nrc", "max_depth": 16, "spp_per_pass": 4})
     picture = np.array(mi.render(scene, integrator=integrator, spp=64, seed=1))
     expected = np.array(mi.render(scene, integrator=mi.load_dict({"type": "path", "max_depth": 16}), spp=256, seed=2))
     assert np.isfinite(picture).all()
@@ -259,7 +317,7 @@ import nrc.integrations.mitsuba
 mi.set_variant("llvm_ad_rgb")
 description = mi.cornell_box()
 description["sensor"]["film"] |= {"width": 64, "height": 64}
-scene = mi.load_dict({**description, "integrator": {"type": "nrc"}})
+scene = mi.load_dict({**description, "integrator": {"type": "nrc", "warm_up": 0}})
 wide = mi.load_dict({**description["sensor"], "film": {**description["sensor"]["film"], "width": 96, "height": 48}})
 for spp, sensor in ((16, 0), (64, 0), (16, 0), (16, wide), (16, 0), (16, wide)):
     print(mi.render(scene, sensor=sensor, spp=spp).array.numpy().mean() > 0.05)

@@ -32,9 +32,9 @@ from nrc.sobol import bit_reversed, sobol_points
 dr: Any = drjit  # type checkers see neither the active variant nor what Dr.Jit makes of the code
 mi: Any = mitsuba
 
-SETTLING_PASSES = 128  # while an untrained cache settles, its answers count less
-WAVEFRONT = 2**15  # paths of a pass at most, where a pixel needs several samples for as many
-MIN_PASSES = 32
+WARM_UP = 128  # training passes before the first picture
+WAVEFRONT = 2**18  # paths of a pass at most, where a pixel needs several samples for as many
+MIN_PASSES = 16
 MOST_RECORDINGS = 8  # sizes of wavefronts that are kept recorded
 RECORDS_PER_PATH = 4.0  # first guess
 BOX_MARGIN = 0.01  # of the scene's extent
@@ -71,6 +71,21 @@ def refuse_media(scene: Any, sensor: Any) -> None:
         raise RuntimeError("nrc: participating media are not supported; this scene needs volpath or another integrator")
 
 
+def parameter(props: Any, name: str, default: Any) -> Any:
+    """A plugin parameter of the type of `default`; RuntimeError, with its name, for another type.
+
+    Whole numbers pass where a float is expected, as in Mitsuba's own plugins.
+    """
+    value = props.get(name, default)
+    expected = type(default)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise RuntimeError(f"nrc: {name} must be {kinds[expected]}, got {value!r}")
+    return value
+
+
 def spp_per_pass(spp: int, n_pixels: int) -> int:
     """Largest divisor of `spp` with which passes have at most `WAVEFRONT` paths and there are `MIN_PASSES` of them."""
     limit = min(WAVEFRONT // n_pixels, spp // MIN_PASSES)
@@ -84,44 +99,62 @@ def integrator_class(variant: str) -> Any:
     class RadianceCacheIntegrator(mi.ad.integrators.common.ADIntegrator):
         """Path tracing that ends in a neural radiance cache, trained online (Müller et al. 2021).
 
+        A render traces training paths and takes four optimizer steps per pass, the first one `warm_up` times before.
+        `max_depth` bounds the paths, those that train included, but not the light in an answer. The cache does not know
+        how long the path is that asks: it answers with the mean over training paths that reached the point after any
+        number of bounces, and whose tails are such answers again. A low `max_depth` of at least 3 therefore gives means
+        that differ from those of `path` by some percent. 1 and 2 never ask the cache, nor does any with
+        `spread_threshold` 1e30: those agree.
+
+        Inside `aov`, which takes its colours from `render`, the plugin works as any other. Integrators that call
+        `sample` for each ray, like `moment`, get Mitsuba's `path` from it, without the cache.
+
         Plugin parameters:
-            max_depth: Longest path in edges; -1, the default, is unlimited. As of `path`.
+            max_depth: Longest path in edges; -1, the default, is unlimited. As of `path`, but see above.
             rr_depth: Edges after which Russian roulette may end a path, 5 by default. As of `path`.
             hide_emitters: Whether the camera sees no emitters. As of `path`.
             spread_threshold: c of the termination test a > c a_0, 0.01 by default; a huge one never asks the cache.
             encoding: "hash" (default) or "frequency", see `CacheConfig`.
             training_records: Records per pass that train the cache. 0, the default, means `CacheConfig`'s: 8192 on a
                 CPU, 65536 on CUDA.
-            spp_per_pass: Samples per pixel between two training steps, a divisor of their number. 0, the default,
-                means one, or more for pictures of few pixels.
+            warm_up: Training passes that the cache has had before it first answers for a picture, 128 by default. They
+                take some seconds of the first render on a CPU. With 0 pictures include its first answers, which are
+                off.
+            spp_per_pass: Samples per pixel between two training passes, a divisor of their number. 0, the default,
+                means as many as give 2^18 paths, at most a 16th of all. Some samplers round the number of samples up,
+                as for `path`: `orthogonal` to the square of a prime.
             sobol: Whether Sobol' points replace an `independent` sampler's numbers on the film and at the first two
                 vertices, false by default: Mitsuba's sampler draws everything. Others always draw for themselves.
 
         Attributes:
             cache: The `RadianceCache`; None before the first render.
-            n_passes: Passes that trained it.
+            n_passes: Training passes since it was made or reset.
             records_per_path: Training records that a path leaves, a running mean.
         """
 
         def __init__(self, props: Any) -> None:
-            if "max_depth" not in props:
-                props["max_depth"] = -1
+            depths = {name: parameter(props, name, default) for name, default in (("max_depth", -1), ("rr_depth", 5))}
+            for name, depth in depths.items():
+                props[name] = depth
             super().__init__(props)
             self.cache: RadianceCache | None = None
             self.recorded: dict[tuple[int, ...], RecordedPaths] = {}  # by the sizes of wavefront and film
-            self._encoding = props.get("encoding", "hash")
-            self._spread_threshold = float(props.get("spread_threshold", 0.01))
-            self._training_records = int(props.get("training_records", 0))
-            self._spp_per_pass = int(props.get("spp_per_pass", 0))
-            self._sobol = bool(props.get("sobol", False))
+            self._path = mi.load_dict({"type": "path", "hide_emitters": self.hide_emitters, **depths})
+            self._encoding = parameter(props, "encoding", "hash")
+            self._spread_threshold = parameter(props, "spread_threshold", 0.01)
+            self._training_records = parameter(props, "training_records", 0)
+            self._warm_up = parameter(props, "warm_up", WARM_UP)
+            self._spp_per_pass = parameter(props, "spp_per_pass", 0)
+            self._sobol = parameter(props, "sobol", False)
             self.n_passes = 0
             self.records_per_path = RECORDS_PER_PATH
             if self._encoding not in ("hash", "frequency"):
                 raise RuntimeError(f'nrc: encoding must be "hash" or "frequency", got "{self._encoding}"')
             if not self._spread_threshold >= 0.0:
                 raise RuntimeError(f"nrc: spread_threshold must be >= 0, got {self._spread_threshold}")
-            if self._training_records < 0 or self._spp_per_pass < 0:
-                raise RuntimeError("nrc: training_records and spp_per_pass must not be negative")
+            for name in ("training_records", "warm_up", "spp_per_pass"):
+                if getattr(self, f"_{name}") < 0:
+                    raise RuntimeError(f"nrc: {name} must not be negative, got {getattr(self, f'_{name}')}")
 
         def render(
             self,
@@ -142,6 +175,15 @@ def integrator_class(variant: str) -> Any:
                 if evaluate:
                     dr.eval(picture)
                 return picture
+
+        def sample(
+            self, mode: Any, scene: Any, sampler: Any, ray: Any, **arguments: Any
+        ) -> tuple[Any, Any, list, None]:
+            """What integrators around this one ask for: radiance along rays, as `path` finds it without the cache."""
+            if mode != dr.ADMode.Primal:
+                raise NotImplementedError("nrc: there are no derivatives; use prb or another integrator")
+            L, valid, _ = self._path.sample(scene, sampler, ray, None, arguments.get("active", True))
+            return L, valid, [], None
 
         def reset_cache(self) -> None:
             """Forget what was learned."""
@@ -233,13 +275,16 @@ class Pass:
         self.film, self.sampler = sensor.film(), sensor.sampler().clone()
         if spp:
             self.sampler.set_sample_count(spp)
-        spp = self.sampler.sample_count()
+        n_drawn = self.sampler.sample_count()
         border = 2 * self.film.rfilter().border_size() if self.film.sample_border() else 0
         n_pixels = int((self.film.crop_size()[0] + border) * (self.film.crop_size()[1] + border))
-        self.n_samples = integrator._spp_per_pass or spp_per_pass(spp, n_pixels)
-        if spp % self.n_samples:
-            raise RuntimeError(f"nrc: spp_per_pass ({self.n_samples}) does not divide {spp} samples per pixel")
-        self.n_passes, self.n_paths = spp // self.n_samples, n_pixels * self.n_samples
+        self.n_samples = integrator._spp_per_pass or spp_per_pass(n_drawn, n_pixels)
+        if n_drawn % self.n_samples:
+            rounded = "" if spp in (0, n_drawn) else f", what this sampler makes of {spp}"
+            raise RuntimeError(
+                f"nrc: spp_per_pass ({self.n_samples}) does not divide {n_drawn} samples per pixel{rounded}"
+            )
+        self.n_passes, self.n_paths = n_drawn // self.n_samples, n_pixels * self.n_samples
         self.sampler.set_samples_per_wavefront(self.n_samples)
         self.sampler.seed(seed, self.n_paths)
         self.film.prepare([])
@@ -259,37 +304,46 @@ class Pass:
         while len(integrator.recorded) > MOST_RECORDINGS:
             integrator.recorded.pop(next(size for size in integrator.recorded if size != sizes))
         self.has_alpha = mi.has_flag(self.film.flags(), mi.FilmFlags.Alpha)
-        self.found, self.answered = self.film.create_block(), self.film.create_block()
+        self.block = self.film.create_block()
 
     def render(self) -> None:
         """Trace, train and ask the cache pass by pass, and fill the film."""
-        recorded = self.recorded
+        integrator = self.integrator
+        n_trained = max(integrator.n_passes, int(self.cache.stats()["rounds"]))  # more of a cache that was loaded
+        for _ in range(n_trained, integrator._warm_up):
+            self.learn(*self.gather())
         for i in range(self.n_passes):
-            ray, weight, position, index, key = recorded.picture_rays(
-                self.sensor,
-                self.sampler,
-                self.n_samples,
-                self.n_paths,
-                self.settings.sobol,
-                self.table,
-                dr.opaque(mi.UInt32, i * self.n_samples),
-                dr.opaque(mi.UInt32, self.seed),
-            )
-            L, alpha, beta, place, records, count = recorded.trace_picture(
-                self.scene, self.sampler, ray, self.box, self.table, index, key, self.settings
-            )
-            self.sampler.advance()
-            dr.eval(L, alpha, beta, place, records, count)
-            self.train()
+            batch = self.gather()
+            position, weight, found, records, count = self.trace(i)
+            self.learn(*batch)  # while Dr.Jit traces: Warp's short launches alone leave cores idle
             radiance = self.ask(records, count)
-            # A picture counts the first answers of an untrained cache less: they are the darkest.
-            trust = dr.opaque(mi.Float, min(1.0, self.integrator.n_passes / SETTLING_PASSES))
-            recorded.add_samples(
-                self.found, self.answered, self.has_alpha, position, weight, L, alpha, beta, place, radiance, trust
-            )
-            dr.eval(self.found.tensor(), self.answered.tensor())
+            self.recorded.add_samples(self.block, self.has_alpha, position, weight, *found, radiance)
+            dr.eval(self.block.tensor())
             dr.sync_thread()  # before the cache writes its answers again
-        put_sum(self.film, self.found, self.answered)
+        self.film.put_block(self.block)
+
+    def trace(self, i: int) -> tuple[Any, ...]:
+        """Start to trace the picture's pass `i`.
+
+        Returns:
+            Positions on the film and their weights, what `add_samples` takes, records to ask about and their number.
+        """
+        ray, weight, position, index, key = self.recorded.picture_rays(
+            self.sensor,
+            self.sampler,
+            self.n_samples,
+            self.n_paths,
+            self.settings.sobol,
+            self.table,
+            dr.opaque(mi.UInt32, i * self.n_samples),
+            dr.opaque(mi.UInt32, self.seed),
+        )
+        L, alpha, beta, place, records, count = self.recorded.trace_picture(
+            self.scene, self.sampler, ray, self.box, self.table, index, key, self.settings
+        )
+        self.sampler.advance()
+        dr.eval(position, weight, L, alpha, beta, place, records, count)
+        return position, weight, (L, alpha, beta, place), records, count
 
     def ask(self, records: Any, count: Any) -> Any:
         """The cache's flat answers for the first `count` records."""
@@ -299,10 +353,14 @@ class Pass:
         wp.synchronize_device(device)
         return as_drjit(answers[: self.n_paths])
 
-    def train(self) -> None:
-        """Trace training paths and train the cache with their records."""
-        cache, integrator, device = self.cache, self.integrator, self.cache.device
-        n_paths = max(1, min(self.n_slots, int(cache.n_training_records / integrator.records_per_path)))
+    def gather(self) -> tuple[Any, Any, Any, int]:
+        """Trace training paths.
+
+        Returns:
+            Records, their targets and number, and the number of paths.
+        """
+        cache, device = self.cache, self.cache.device
+        n_paths = max(1, min(self.n_slots, int(cache.n_training_records / self.integrator.records_per_path)))
         recorded, sampler = self.recorded, self.training_sampler
         shift = mi.Point2f(*(dr.opaque(mi.Float, x) for x in self.rng.random(2)))
         ray = recorded.training_rays(self.sensor, sampler, self.n_slots, shift)
@@ -318,24 +376,16 @@ class Pass:
         )
         dr.eval(records, total, targets)
         dr.sync_thread()
+        return records, targets, total, n_paths
+
+    def learn(self, records: Any, targets: Any, total: Any, n_paths: int) -> None:
+        """Train the cache with what `gather` returned."""
+        cache, integrator, device = self.cache, self.integrator, self.cache.device
         cache.train(as_records(records, device), as_warp(targets, wp.vec3, device), as_warp(total, wp.int32, device))
         wp.synchronize_device(device)
         per_path = max(int(total[0]) / n_paths, 0.25)
         integrator.records_per_path += 0.1 * (per_path - integrator.records_per_path)
         integrator.n_passes += 1
-
-
-def put_sum(film: Any, found: Any, answered: Any) -> None:
-    """Put into the film what paths found plus what the cache answered, each divided by its own weights."""
-    a, b = found.tensor(), answered.tensor()
-    n_channels = a.shape[2]
-    i = dr.arange(mi.UInt32, dr.width(a.array))
-    last = i - i % n_channels + (n_channels - 1)
-    weight, trust = dr.gather(mi.Float, a.array, last), dr.gather(mi.Float, b.array, last)
-    is_color = i % n_channels < 3
-    answer = dr.select(is_color & (trust != 0.0), b.array * weight / trust, 0.0)
-    a[:] = mi.TensorXf(a.array + answer, a.shape)
-    film.put_block(found)
 
 
 def register(old: str | None, new: str) -> None:

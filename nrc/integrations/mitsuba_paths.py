@@ -431,8 +431,7 @@ def gather_targets(staged: Any, count: Any, tail_place: Any, tail_radiance: Any,
 
 
 def add_samples(
-    found: Any,
-    answered: Any,
+    block: Any,
     has_alpha: bool,
     position: Any,
     weight: Any,
@@ -441,10 +440,7 @@ def add_samples(
     beta: Any,
     place: Any,
     radiance: Any,
-    trust: Any,
 ) -> None:
-    """Put a pass into its two image blocks: what paths found, and the cache's flat answers with the weight `trust`."""
-    answer = weight * beta * dr.gather(mi.Spectrum, radiance, place, place != NO_PLACE) * trust
-    extra = [alpha] if has_alpha else []
-    found.put(position, [*(L * weight), *extra, mi.Float(1.0)])
-    answered.put(position, [*answer, *extra, trust])
+    """Put a pass into its image block: what paths found, and the cache's flat answers."""
+    L += beta * dr.gather(mi.Spectrum, radiance, place, place != NO_PLACE)
+    block.put(position, [*(L * weight), *([alpha] if has_alpha else []), mi.Float(1.0)])
