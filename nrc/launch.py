@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import warp as wp
@@ -96,12 +96,22 @@ def launch(
 
     kernel.module.load(device, 1)  # compile once, not once per thread
 
-    def run(first: int) -> None:
-        count = min(range_size, n - first)
-        wp.launch(kernel, dim=count, inputs=[first, *inputs], outputs=list(outputs), device=device, record_tape=False)
+    begins = iter(range(0, n, range_size))  # which all threads, this one too, take from
 
-    for future in [_executor().submit(run, first) for first in range(0, n, range_size)]:
-        future.result()
+    def run() -> None:
+        for first in begins:
+            count = min(range_size, n - first)
+            wp.launch(
+                kernel, dim=count, inputs=[first, *inputs], outputs=list(outputs), device=device, record_tape=False
+            )
+
+    others = [_executor().submit(run) for _ in range(min(n_threads, -(-n // range_size)) - 1)]
+    try:
+        run()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
 
 
 def heavy_range(n: int) -> int:
