@@ -15,15 +15,20 @@ from nrc.config import parse_encoding, parse_network
 from nrc.field import Field
 from nrc.kernels import cache as kc
 from nrc.kernels import query as kq
+from nrc.kernels import replay as krp
 from nrc.kernels import scan as ks
 from nrc.launch import launch, prepare, resolve_device
 from nrc.optimizer import restore
 from nrc.records import Records, TrainingPaths
+from nrc.replay import Reservoir
 from nrc.scan import ExclusiveScan
 from nrc.snapshot import SnapshotError, check_finite, load_tensors, save_tensors, take_tensor
 from nrc.trainer import Trainer
 
 SNAPSHOT_KIND = "nrc.cache"
+MAX_REPLAY = 0.5  # share of the batches: beyond, less than half of them is about what is seen
+LATER_SETTINGS = ("replay",)  # that older files lack; they stand for their defaults
+BURN_IN_PASSES = 4  # times that a call of `train` goes through its batches after a cut
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class CacheConfig:
         ema_decay: Of the weights that answer rendering queries.
         batch_size, n_batches: Records per optimizer step, and steps per call of `train`. None for the batch size means
             2^14 on CUDA and 2^11 on a CPU.
+        replay: Share of the batches that is drawn from records of past frames, so that places which no path reaches any
+            more are not forgotten; 0 for none. Their targets are as old as they are: they slow adaptation to light
+            that changes without a `cut`.
         radiance_scale: Radiance that the loss treats as 1 [W m^-2 sr^-1]; None estimates it from the first records.
         seed: Of the initial weights and the shuffle.
     """
@@ -58,6 +66,7 @@ class CacheConfig:
     ema_decay: float = 0.99
     batch_size: int | None = None
     n_batches: int = 4
+    replay: float = 0.0
     radiance_scale: float | None = None
     seed: int = 1337
 
@@ -66,6 +75,8 @@ class CacheConfig:
             raise ValueError(f"encoding must be 'hash' or 'frequency', got {self.encoding!r}")
         if (self.batch_size is not None and self.batch_size < 1) or self.n_batches < 1:
             raise ValueError("batch_size and n_batches must be at least 1")
+        if not 0.0 <= self.replay <= MAX_REPLAY:
+            raise ValueError(f"replay must lie in [0, {MAX_REPLAY}], got {self.replay}")
         if self.radiance_scale is not None and not self.radiance_scale > 0.0:
             raise ValueError(f"radiance_scale must be positive, got {self.radiance_scale}")
 
@@ -161,7 +172,7 @@ class RadianceCache:
         bounds: As given.
         max_queries, max_records: Capacities; `reserve` makes room for more.
         batch_size: Records per optimizer step.
-        n_training_records: Records that one call of `train` can use.
+        n_training_records: Records that one call of `train` can use, beside those that are replayed.
         loss: (n_batches,) float on the device, mean loss of each batch of the last `train` that had records for it.
     """
 
@@ -182,7 +193,9 @@ class RadianceCache:
         # A cube around the box keeps cells cubic; the margin keeps surfaces on its faces inside.
         extent *= 1.01
         self.batch_size = config.batch_size_on(self.device)
-        self.n_training_records = self.batch_size * config.n_batches
+        budget = self.batch_size * config.n_batches
+        self._n_replay = int(config.replay * budget)
+        self.n_training_records = budget - self._n_replay
         self.bounds = lower, upper
         self._box_lower = wp.vec3(*((lower + upper) / 2.0 - extent / 2.0))
         self._inverse_extent = 1.0 / extent
@@ -200,7 +213,10 @@ class RadianceCache:
         self.reserve(max_queries, max_records)
         self._n_valid = wp.zeros(1, dtype=int, device=device)
         self._round = wp.zeros(1, dtype=int, device=device)
+        self._burn_in = 0  # calls of `train` that are still to go through their batches several times
         self._scale = wp.zeros(1, dtype=float, device=device)
+        self._plan = wp.zeros(3, dtype=int, device=device)
+        self._reservoir = Reservoir(budget if config.replay > 0.0 else 0, device)
         b, n = self.batch_size, config.n_batches
         x = wp.zeros((b * n, int(kc.N_INPUTS)), dtype=float, device=device)
         y = wp.zeros((b * n, 3), dtype=float, device=device)
@@ -215,6 +231,8 @@ class RadianceCache:
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels to compile before the first call, by the name to announce."""
         own = {"radiance cache": kc.shuffle_records, "scan": ks.scan_chunks}
+        if self._reservoir.room > 0:
+            own["replay"] = krp.store_records
         return own | self.field.kernels() | self.trainer.kernels()
 
     def prepare(self) -> float:
@@ -310,11 +328,24 @@ class RadianceCache:
             device=self.device,
         )
         self._scan(n, self._flag, self._place)
+        stored = self._reservoir
         launch(
             kc.begin_training_round,
             1,
-            inputs=[config.n_batches, self.batch_size, n, records.view, targets, self._flag, self._place, count],
-            outputs=[self._scale, self._round, self._n_valid, self._counts],
+            inputs=[
+                config.n_batches,
+                self.batch_size,
+                self._n_replay,
+                stored.n_kept,
+                stored.room,
+                n,
+                records.view,
+                targets,
+                self._flag,
+                self._place,
+                count,
+            ],
+            outputs=[self._scale, self._round, stored.n_stored, self._n_valid, self._plan, self._counts],
             device=self.device,
         )
         launch(
@@ -332,14 +363,85 @@ class RadianceCache:
                 self._place,
                 count,
                 self._n_valid,
+                self._plan,
                 self._round,
                 self._scale,
             ],
             outputs=[self._x, self._y],
             device=self.device,
         )
-        for x, y, batch_count, loss in self._batches:
-            wp.copy(loss, self.trainer.step(x, y, count=batch_count))
+        if stored.room > 0:
+            self._replay(records, targets, count)
+        for _ in range(BURN_IN_PASSES if self._burn_in > 0 else 1):
+            for x, y, batch_count, loss in self._batches:
+                wp.copy(loss, self.trainer.step(x, y, count=batch_count))
+        self._burn_in = max(0, self._burn_in - 1)
+
+    def _replay(self, records: Records, targets: wp.array, count: wp.array | None) -> None:
+        """Deal stored records to the batches, then store some of the round's."""
+        config, stored = self.config, self._reservoir
+        launch(
+            krp.deal_stored_records,
+            self._n_replay,
+            inputs=[
+                self._box_lower,
+                self._inverse_extent,
+                config.n_batches,
+                self.batch_size,
+                config.seed,
+                stored.records.view,
+                stored.targets,
+                self._plan,
+                self._round,
+                self._scale,
+            ],
+            outputs=[self._x, self._y],
+            device=self.device,
+        )
+        launch(
+            krp.store_records,
+            records.capacity,
+            inputs=[
+                stored.n_kept,
+                config.seed,
+                records.view,
+                targets,
+                self._flag,
+                self._place,
+                count,
+                self._n_valid,
+                self._plan,
+                self._round,
+            ],
+            outputs=[stored.records.view, stored.targets],
+            device=self.device,
+        )
+
+    def cut(self, n_frames: int = 16, *, keep_records: bool = False) -> None:
+        """Adapt fast: light, scene or view are no longer what they were. What was learned stays, unlike with `reset`.
+
+        The averaged weights forget what was before the call, and the next `n_frames` calls of `train` go through their
+        batches `BURN_IN_PASSES` times. A CUDA graph repeats the number of passes that it was captured with: capture
+        one more for these frames, or take them without.
+
+        Args:
+            n_frames: Calls of `train`; 0 ends an earlier burn-in and restarts the average alone.
+            keep_records: Whether records of past frames go on being replayed: right where the view alone has changed.
+
+        Raises:
+            ValueError: A negative number.
+        """
+        if n_frames < 0:
+            raise ValueError(f"n_frames must not be negative, got {n_frames}")
+        if not keep_records:
+            self._reservoir.clear()
+        self.trainer.optimizer.restart_average()
+        self._burn_in = n_frames
+
+    @property
+    def burn_in(self) -> int:
+        """Calls of `train` left of the burn-in after a `cut`."""
+        return self._burn_in
 
     @property
     def memory_bytes(self) -> dict[str, int]:
@@ -360,18 +462,24 @@ class RadianceCache:
         self.field.reset()
         self.trainer.optimizer.reset()
         self._scale.fill_(self.config.radiance_scale or 0.0)
-        for counter in (self._round, self._n_valid, self._counts, self._query_invalid, self._record_invalid):
+        for counter in (self._round, self._n_valid, self._plan, self._counts):
             counter.zero_()
+        self._query_invalid.zero_()
+        self._record_invalid.zero_()
         self.loss.zero_()
+        self._reservoir.clear()
+        self._burn_in = 0
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything `load_state` needs to go on as if nothing had happened: weights, moments, averages, counters."""
-        return {name: array.numpy().copy() for name, array in self._arrays().items()}
+        state = {name: array.numpy().copy() for name, array in self._arrays().items()}
+        return state | {"burn_in": np.array([self._burn_in], np.int32)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from `state` of a cache with the same configuration."""
         for name, array in self._arrays().items():
             array.assign(state[name])
+        self._burn_in = int(state["burn_in"][0])
 
     def continue_from(self, other: RadianceCache) -> bool:
         """Take over what `other` learned, where it means the same here: encoding, network, unit of radiance and bounds.
@@ -387,6 +495,10 @@ class RadianceCache:
         self.trainer.optimizer.continue_from(other.trainer.optimizer)
         wp.copy(self._scale, other._scale)
         wp.copy(self._round, other._round)
+        self._burn_in = other._burn_in
+        if self._reservoir.room == other._reservoir.room:
+            for name, array in self._reservoir.arrays().items():
+                wp.copy(array, other._reservoir.arrays()[name])
         return True
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -417,19 +529,28 @@ class RadianceCache:
         scale = take_tensor(path, tensors, "scale", (1,), np.float32)
         if scale[0] < 0.0:
             raise SnapshotError(f"{path}: scale must not be negative, got {scale[0]}")
+        burn_in = np.zeros(1, np.int32)  # in files from before there was one
+        if "burn_in" in tensors:
+            burn_in = take_tensor(path, tensors, "burn_in", (1,), np.int32)
+        stored = cache._reservoir
+        if stored.room > 0 and take_tensor(path, tensors, "replay.n_stored", (1,), np.int32)[0] > stored.room:
+            raise SnapshotError(f"{path}: replay.n_stored is more than the {stored.room} that there is room for")
+        if burn_in[0] < 0:
+            raise SnapshotError(f"{path}: burn_in must not be negative, got {burn_in[0]}")
         restore(path, tensors, cache._arrays())
+        cache._burn_in = int(burn_in[0])
         return cache
 
     def stats(self) -> dict[str, float]:
         """Counters read back from the device: a synchronisation point.
 
-        Keys: records (used by the last `train`), rounds, dropped_records, invalid_queries, skipped_steps,
+        Keys: records (of its own that the last `train` used), rounds, dropped_records, invalid_queries, skipped_steps,
         radiance_scale, loss (mean over the last `train`'s batches whose loss is finite).
         """
         losses = self.loss.numpy()
         losses = losses[np.isfinite(losses)]
         return {
-            "records": int(min(self._n_valid.numpy()[0], self.n_training_records)),
+            "records": int(self._plan.numpy()[kc.FRESH]),
             "rounds": int(self._round.numpy()[0]),
             "dropped_records": int(self._record_invalid.numpy().sum()),
             "invalid_queries": int(self._query_invalid.numpy().sum()),
@@ -440,7 +561,9 @@ class RadianceCache:
 
     def _arrays(self) -> dict[str, wp.array]:
         trainer = {f"trainer.{name}": array for name, array in self.trainer.optimizer.state_arrays().items()}
-        return {"scale": self._scale, "round": self._round, **trainer}
+        replay = self._reservoir.arrays() if self._reservoir.room > 0 else {}
+        stored = {f"replay.{name}": array for name, array in replay.items()}
+        return {"scale": self._scale, "round": self._round, **stored, **trainer}
 
     def _query(self, records: Records, count: Any, params: wp.array, answers: wp.array, out: Any) -> wp.array:
         self._check_records(records, self.max_queries, "queries", "max_queries")
@@ -491,6 +614,8 @@ def _config_of(path: str | PathLike[str], values: Any) -> CacheConfig:
     types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "int | None": (int, type(None))}
     types |= {"float | None": (int, float, type(None))}
     names = {field.name: types.get(str(field.type), (str,)) for field in fields(CacheConfig)}
+    if isinstance(values, dict):
+        values = {name: value for name, value in asdict(CacheConfig()).items() if name in LATER_SETTINGS} | values
     if not isinstance(values, dict) or set(values) != set(names):
         raise SnapshotError(f"{path}: config must have {', '.join(names)}, got {values!r}")
     for name, allowed in names.items():

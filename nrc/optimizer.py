@@ -89,6 +89,7 @@ class Optimizer:
         view.steps = self._zeros(n_moments, dtype=opt.Counts)
         view.average = self._zeros(n_averages, dtype=opt.Block)
         view.stamps = self._zeros(n_averages, dtype=int)
+        view.average_start = self._zeros(1, dtype=int)
         view.bias_correction = wp.array(_bias_correction(config), dtype=float, device=self.device)
         view.ema_weight = wp.array(_ema_weight(config.ema_decay), dtype=float, device=self.device)
         view.learning_rate = self._zeros(1)
@@ -101,7 +102,7 @@ class Optimizer:
             self._state_arrays["steps"] = self._plain(view.steps, wp.uint16, n_blocks, opt.UPDATE_BLOCK)
         if n_averages:
             self._state_arrays["average"] = self._plain(view.average, float, n_blocks, opt.UPDATE_BLOCK)
-            self._state_arrays["stamps"] = view.stamps
+            self._state_arrays |= {"stamps": view.stamps, "average_start": view.average_start}
         self._state_arrays |= {"counters": self._state, "learning_rate": view.learning_rate}
         return view
 
@@ -162,7 +163,14 @@ class Optimizer:
         view = self._view
         for array in (view.weights, view.moments, view.steps, view.average, view.stamps, self._state, self._loss):
             array.zero_()
+        view.average_start.zero_()
         view.learning_rate.fill_(self.config.learning_rate)
+
+    def restart_average(self) -> None:
+        """Forget what the moving average has seen: it counts the steps from the next one on, and is theirs at once."""
+        if self.config.ema_decay is not None:
+            n = self._n_matrix + self._n_blocks
+            launch(opt.restart_average, n, inputs=[self._state, self._view], device=self.device)
 
     def state_arrays(self) -> dict[str, wp.array]:
         """The device arrays that training changes, by name: parameters, moments, averages and counters."""
@@ -179,7 +187,8 @@ class Optimizer:
         decay = self.config.ema_decay
         if decay is not None and decay != other.config.ema_decay:
             n_steps = int(self.n_steps.numpy()[0])
-            average = other.ema_params.numpy() * np.float32(1.0 - decay**n_steps)
+            n_averaged = n_steps - int(self._view.average_start.numpy()[0])
+            average = other.ema_params.numpy() * np.float32(1.0 - decay**n_averaged)
             weights = self._state_arrays["weights"].numpy()
             weights[2] = average[: self._n_matrix]
             self._state_arrays["weights"].assign(weights)
@@ -307,15 +316,19 @@ def restore(path: str | PathLike[str], state: Mapping[str, np.ndarray], arrays: 
     taken = {}
     for name, array in arrays.items():
         like = array.numpy()  # vectors as one more dimension
+        if name.endswith("average_start") and name not in state:  # a file from before averages could start over
+            taken[name] = np.zeros_like(like)
+            continue
         values = taken[name] = take_tensor(path, state, name, like.shape, like.dtype)
         if like.dtype.kind == "f":
             check_finite(path, name, values)
         elif (values < 0).any():
             raise SnapshotError(f"{path}: {name} has negative counts")
     for name in taken:  # the moving average of an optimizer reads what lies as many steps back
-        prefix, is_stamps, _ = name.partition("stamps")
-        if is_stamps and (taken[name] > taken[f"{prefix}counters"][opt.N_STEPS]).any():
-            raise SnapshotError(f"{path}: {name} has steps beyond those taken")
+        for steps in ("stamps", "average_start"):
+            counters = f"{name.removesuffix(steps)}counters"
+            if name.endswith(steps) and (taken[name] > taken[counters][opt.N_STEPS]).any():
+                raise SnapshotError(f"{path}: {name} has steps beyond those taken")
     for name, array in arrays.items():
         array.assign(taken[name])
 

@@ -100,7 +100,9 @@ class Renderer:
         learned: RadianceCache | None,
     ) -> None:
         """Make tracer and film for these settings, and the cache or room in it; where that fails nothing changes."""
-        bounds = self.scene.bounds if learned is None else learned.bounds
+        bounds = self.scene.bounds
+        if config.integrator != "path":
+            bounds = self.scene.scene.bounds_over_time if learned is None else learned.bounds
         budget = cache_config.batch_size_on(self.device) * cache_config.n_batches
         n_paths = min(size[0] * size[1], budget)
         tracer = PathTracer(self.scene, *size, config, max_training_paths=n_paths, box=bounds)
@@ -150,7 +152,7 @@ class Renderer:
     def set_cache_config(self, cache: CacheConfig) -> None:
         """Learn as `cache` says from the next frame on; the film starts over.
 
-        What was learned stays where only learning rate, beta2, averaging, batches or seed change. With another
+        What was learned stays where only learning rate, beta2, averaging, batches, replay or seed change. With another
         encoding, network or radiance scale the cache starts empty.
         """
         learned, kept = self._learned, True
@@ -240,6 +242,15 @@ class Renderer:
     def restart(self) -> None:
         """Clear the film; the cache keeps what it learned."""
         self.film.clear()
+
+    def cut(self, *, keep_records: bool = False) -> None:
+        """Start the film over and let the cache adapt fast: call it where light, scene or view change at once.
+
+        For some frames training takes longer: see `RadianceCache.cut`. `keep_records` where the view alone changes.
+        """
+        if self.cache is not None:
+            self.cache.cut(keep_records=keep_records)
+        self.restart()
 
     def reset_cache(self) -> None:
         """Empty the cache; the film keeps its frames."""

@@ -13,7 +13,7 @@ class Twin:
     def __init__(self, params, n_matrix, config):
         self.w = np.float64(params)
         self.matrix = np.arange(len(self.w)) < n_matrix
-        self.decay, self.schedule, self.t = None, None, 0
+        self.decay, self.schedule, self.t, self.start = None, None, 0, 0
         while "nested" in config:
             if config["otype"] == "Ema":
                 self.decay = config["decay"]
@@ -47,5 +47,10 @@ class Twin:
         if self.decay is None:
             self.average = self.w.copy()
         else:
-            before, now = 1 - self.decay ** (self.t - 1), 1 - self.decay**self.t
+            n = self.t - self.start
+            before, now = 1 - self.decay ** (n - 1), 1 - self.decay**n
             self.average = ((1 - self.decay) * self.w + self.decay * before * self.average) / now
+
+    def restart_average(self):
+        """Count the steps from the next one on."""
+        self.start, self.average = self.t, self.w.copy()

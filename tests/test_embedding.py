@@ -133,6 +133,45 @@ def test_records_are_used_in_place(library: str):
         np.testing.assert_array_equal(np.asarray(there).reshape(after[name].shape), after[name])
 
 
+def test_jax_arrays_are_read_in_place_and_never_written():
+    """Addresses of finished and pending arrays are the records' own; answers can be seen; writing is refused."""
+    jax = pytest.importorskip("jax", reason="needs JAX (pip install jax)")
+    cpu = jax.devices("cpu")[0]
+    arrays = {name: jax.device_put(values, cpu) for name, values in random_arrays().items()}
+    pending = jax.jit(lambda x: jax.numpy.sin(x @ jax.numpy.ones((3, 3)) @ jax.numpy.eye(3)))(arrays["position"])
+    records = Records.of(**arrays | {"position": pending})
+    np.testing.assert_array_equal(records.position.numpy(), pending)
+    for name, array in (arrays | {"position": pending}).items():
+        assert getattr(records, name).ptr == array.unsafe_buffer_pointer()
+    cache = cache_of(rounds=4)
+    answers = cache.query(records)
+    seen = jax.numpy.from_dlpack(answers)
+    assert seen.unsafe_buffer_pointer() == answers.ptr
+    np.testing.assert_array_equal(seen, answers.numpy())
+    out = jax.numpy.full((N, 3), -7.0)
+    with pytest.raises(ValueError, match="out must be writable float32"):
+        cache.query(records, out=out)
+    assert (out == -7.0).all()
+    with pytest.raises(ValueError, match=r"position: cannot read .*Tracer"):
+        jax.jit(lambda x: Records.of(**arrays | {"position": x}).capacity)(pending)
+
+
+def test_records_may_be_what_warp_sees_first():
+    """DLPack arrays in a new process, before anything else has initialised Warp."""
+    program = """
+import numpy as np
+from nrc import Records
+class Array:
+    def __init__(self, *shape): self.values = np.zeros(shape, np.float32)
+    def __dlpack__(self, **options): return self.values.__dlpack__(**options)
+    def __dlpack_device__(self): return self.values.__dlpack_device__()
+fields = {name: Array(5, 3) for name in ("position", "wo", "normal", "diffuse", "specular")}
+print(Records.of(roughness=Array(5), **fields).capacity)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "5", done.stderr
+
+
 def test_records_share_addresses():
     """Pointers of NumPy arrays, torch tensors and rows that lie apart in one buffer are the records' own."""
     torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -317,10 +356,14 @@ class Frames:
         self.cache.device_view()
 
 
+@pytest.mark.parametrize("replay", [0.0, 0.25])
 @pytest.mark.parametrize("encoding", ["hash", "frequency"])
-def test_frames_allocate_and_read_back_nothing(encoding: str, monkeypatch: pytest.MonkeyPatch):
-    """After the first frame Warp's allocator is not asked again, and nothing waits for the device or copies from it."""
-    frames = Frames(CacheConfig(encoding, batch_size=64))
+def test_frames_allocate_and_read_back_nothing(encoding: str, replay: float, monkeypatch: pytest.MonkeyPatch):
+    """After the first frame Warp's allocator is not asked again, and nothing waits for the device or copies from it.
+
+    Nor after a cut, and with records of past frames.
+    """
+    frames = Frames(CacheConfig(encoding, batch_size=64, replay=replay))
     frames.frame()
 
     def refuse(*arguments: Any, **options: Any) -> None:
@@ -331,7 +374,8 @@ def test_frames_allocate_and_read_back_nothing(encoding: str, monkeypatch: pytes
     for name in ("synchronize", "synchronize_device", "synchronize_stream", "synchronize_event"):
         monkeypatch.setattr(wp, name, refuse)
     with watched(frames.device) as memory:
-        for _ in range(3):
+        for keep_records in (True, True, False):
+            frames.cache.cut(keep_records=keep_records)
             frames.frame()
     monkeypatch.undo()
     assert memory.n_calls == 0
@@ -348,8 +392,9 @@ def test_watched_allocator_notices():
 @pytest.mark.parametrize("encoding", ["hash", "frequency"])
 def test_memory_is_what_was_allocated(encoding: str):
     """`memory_bytes` adds up to what Warp's allocator gave the cache, and names the parameters twice: their average."""
+    config = CacheConfig(encoding, replay=0.25)
     with watched(wp.get_device("cpu")) as memory:
-        cache = RadianceCache(BOUNDS, CacheConfig(encoding), max_queries=1000, max_records=500, device="cpu")
+        cache = RadianceCache(BOUNDS, config, max_queries=1000, max_records=500, device="cpu")
         cache.train(Records.of(**random_arrays()), radiance_of(random_arrays()))
         cache.query(Records.of(**random_arrays()))
         parts = cache.memory_bytes
@@ -559,6 +604,31 @@ def test_check_names_each_mistake(name: str, values: Any, message: str):
     assert Records.of(**arrays).check(9, BOUNDS) == [message]
 
 
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        BOUNDS[::-1],
+        (np.zeros(3), np.array([1.0, np.nan, 1.0])),
+        (np.zeros(3), np.array([1.0, np.inf, 1.0])),
+        (np.zeros(2), np.ones(2)),
+        (0.0, 1.0),
+        np.zeros(3),
+        np.zeros((3, 3)),
+    ],
+)
+def test_check_refuses_wrong_bounds(bounds: Any):
+    """Corners in the wrong order, of another shape, not finite: no record could be said to lie inside."""
+    with pytest.raises(ValueError, match="bounds must be two finite corners of 3 numbers, the lower one first"):
+        Records.of(**random_arrays()).check(bounds=bounds)
+
+
+@pytest.mark.parametrize("count", [N + 1, -1, 1.5, "all"])
+def test_check_refuses_wrong_counts(count: Any):
+    """More records than there are, and what is no number."""
+    with pytest.raises(ValueError, match="count must be a number from 0 to 300"):
+        Records.of(**random_arrays()).check(count)
+
+
 def test_check_finds_turned_normals_and_black_surfaces():
     """Normals on the other side of wo, and surfaces that can only be answered with 0."""
     arrays = random_arrays(12)
@@ -653,7 +723,7 @@ def test_captured_frame_equals_an_eager_one(encoding: str):
     """Paths, training and queries in one CUDA graph on another stream, launched five times, as five eager frames."""
     answers = []
     for captured in (False, True):
-        frames = Frames(CacheConfig(encoding, batch_size=256), "cuda:0")
+        frames = Frames(CacheConfig(encoding, batch_size=256, replay=0.25), "cuda:0")
         frames.frame()  # compiles and allocates
         if captured:
             with wp.ScopedStream(wp.Stream("cuda:0")):

@@ -159,6 +159,49 @@ def test_table_update_matches_twin(config, dtype, loss_scale):
         np.testing.assert_allclose(arrays["weights"].numpy()[0], twin.m[:n_matrix], atol=1e-5)
 
 
+def restart(optimizer):
+    """Restart the average, and check that it is the parameters then and that nothing else changes."""
+    before = {name: values.numpy().copy() for name, values in optimizer.state_arrays().items()}
+    optimizer.restart_average()
+    np.testing.assert_array_equal(optimizer.ema_params.numpy(), before["params"])
+    after = {name: values.numpy() for name, values in optimizer.state_arrays().items()}
+    np.testing.assert_array_equal(after["weights"][:2], before["weights"][:2])
+    for name in after.keys() - {"weights", "average", "stamps", "average_start"}:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_restarted_average_matches_twin():
+    """The average of the steps since the last restart, of entries that stand still too, as CUDA takes it."""
+    config, rng, passes = NESTINGS["ema"](ADAM), np.random.default_rng(4), ScriptedPasses(wp.float32, 1.0)
+    n_matrix, n_encoding = 48, 400
+    field = scripted_field(n_matrix, n_encoding, passes, rng)
+    optimizer, twin = Optimizer(field, config), Twin(field.params.numpy(), n_matrix, config)
+    for step in range(12):
+        if step in (0, 5, 6):
+            restart(optimizer)
+            twin.restart_average()
+        chunks = rng.normal(size=(11, n_matrix)).astype(np.float32)
+        table = np.where(rng.random(n_encoding) < 0.9, 0.0, rng.normal(size=n_encoding))
+        scripted_step(optimizer, passes, chunks, table)
+        twin.step(np.concatenate([chunks.astype(np.float64).sum(0), table]))
+        np.testing.assert_allclose(optimizer.ema_params.numpy(), twin.average, atol=2e-5)
+
+
+def test_restarted_average_on_a_cpu_is_the_recurrence():
+    """Of the parameters after each step since the last restart, in double precision."""
+    trainer, rng = Trainer(make_field(), {"otype": "L2"}, NESTINGS["ema"](ADAM)), np.random.default_rng(5)
+    expected, n = np.zeros(trainer.field.n_params), 0
+    for step in range(12):
+        if step in (0, 5, 6):
+            restart(trainer.optimizer)
+            n = 0
+        trainer.step(*map(array, batch(rng, 5)))
+        n += 1
+        w = trainer.field.params.numpy().astype(np.float64)
+        expected = (0.1 * w + 0.9 * (1 - 0.9 ** (n - 1)) * expected) / (1 - 0.9**n)
+        np.testing.assert_allclose(trainer.ema_params.numpy(), expected, rtol=2e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("config", [NESTINGS["ema"](ADAM), NESTINGS["decay"](ADAM), NESTINGS["ema"](SGD)])
 def test_weight_kernels_agree(config):
     """The kernel of CUDA and the CPU's update the network's weights alike, for any number of chunks."""

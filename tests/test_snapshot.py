@@ -323,6 +323,8 @@ def test_state_that_does_not_fit_is_refused(trained, tmp_path):
     assert stored
     for name in stored:
         for changed in (None, np.zeros(3, tensors[name].dtype), tensors[name].astype(np.float64)):
+            if changed is None and name == "optimizer.average_start":
+                continue  # older files have none
             others = {key: value for key, value in tensors.items() if key != name}
             save_tensors(path, others if changed is None else others | {name: changed}, config, kind="nrc.field")
             with pytest.raises(SnapshotError, match=name):

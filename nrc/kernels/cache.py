@@ -17,6 +17,7 @@ wp.set_module_options({"enable_backward": False})
 N_INPUTS = wp.constant(14)
 RecordInput = wp.types.vector(length=14, dtype=float)
 SCALE_RECORDS = wp.constant(4096)  # of the first round with light; their mean becomes the unit of radiance
+FRESH, REPLAYED, STORED_BEFORE = 0, 1, 2  # places in the plan of a round
 MIN_ALBEDO = wp.constant(1.0e-4)  # a channel that reflects less is taken as black by query and training alike
 
 
@@ -110,6 +111,12 @@ def to_normalised(radiance: wp.vec3, albedo: wp.vec3, scale: float) -> wp.vec3:
         if albedo[c] > MIN_ALBEDO:
             value[c] = radiance[c] / (albedo[c] * scale)
     return value
+
+
+@wp.func
+def round_key(seed: int, round_index: int) -> wp.uint64:
+    """Key of a round's permutation."""
+    return mix64((wp.uint64(wp.uint32(seed)) << wp.uint64(32)) + wp.uint64(wp.uint32(round_index)))
 
 
 @wp.func
@@ -216,6 +223,9 @@ def begin_training_round(
     # Params
     n_batches: int,
     batch_size: int,
+    n_replay: int,  # records of full batches that stored ones stand for
+    n_kept: int,  # records of this round to store
+    room: int,  # for stored records
     # In
     n_records: int,
     records: RecordView,
@@ -226,20 +236,32 @@ def begin_training_round(
     # In/out
     scale: wp.array[float],  # (1,) 0 until estimated
     round_index: wp.array[int],  # (1,) non-empty rounds so far
+    n_stored: wp.array[int],  # (1,) stored records
     # Out
     out_n_valid: wp.array[int],  # (1,)
+    out_plan: wp.array[int],  # (3,) records of this round to train on, of stored ones, and those stored before
     out_batch_counts: wp.array2d[int],  # (n_batches, 1)
 ):
-    """Size the batches, and estimate the radiance scale from the first records with light. One thread."""
+    """Size the batches, plan the replay, estimate the radiance scale from the first records with light. One thread."""
     n_valid = int(0)
     n = n_valid_rows(n_records, count)
     if n > 0:
         n_valid = places[n - 1] + flags[n - 1]
     i = first + wp.tid()
     out_n_valid[i] = n_valid
-    kept = wp.min(n_valid, n_batches * batch_size)
+    budget = n_batches * batch_size
+    fresh = wp.min(n_valid, budget)
+    replayed = int(0)
+    if n_stored[0] > 0:
+        fresh = wp.min(n_valid, budget - n_replay)
+        share = wp.int64(fresh) * wp.int64(n_replay) // wp.int64(budget - n_replay)
+        replayed = wp.min(int(share), n_stored[0])
+    out_plan[FRESH] = fresh
+    out_plan[REPLAYED] = replayed
+    out_plan[STORED_BEFORE] = n_stored[0]
+    n_stored[0] = wp.min(n_stored[0] + wp.min(n_kept, n_valid), room)
     for b in range(n_batches):
-        out_batch_counts[b, 0] = (kept - b + n_batches - 1) // n_batches
+        out_batch_counts[b, 0] = (fresh + replayed - b + n_batches - 1) // n_batches
     if n_valid > 0:
         round_index[i] = round_index[i] + 1
     if scale[0] == 0.0:
@@ -270,6 +292,7 @@ def shuffle_records(
     places: wp.array[int],
     count: wp.array[int],  # (1,) or empty
     n_valid: wp.array[int],  # (1,)
+    plan: wp.array[int],  # (3,)
     round_index: wp.array[int],  # (1,)
     scale: wp.array[float],  # (1,)
     # Out
@@ -280,9 +303,8 @@ def shuffle_records(
     i = first + wp.tid()
     if is_counted(i, count):
         if flags[i] != 0:
-            key = mix64((wp.uint64(wp.uint32(seed)) << wp.uint64(32)) + wp.uint64(wp.uint32(round_index[0])))
-            dealt = permute(places[i], n_valid[0], key)
-            if dealt < n_batches * batch_size:
+            dealt = permute(places[i], n_valid[0], round_key(seed, round_index[0]))
+            if dealt < plan[FRESH]:
                 row = (dealt % n_batches) * batch_size + dealt // n_batches
                 encode_record(records, i, box_lower, inverse_extent, out_x, row)
                 unit = wp.where(scale[0] > 0.0, scale[0], 1.0)

@@ -82,6 +82,7 @@ class OptimizerView:
     steps: wp.array[Counts]  # (blocks) updates of each parameter, saturating where the bias correction is 1
     average: wp.array[Block]  # (blocks) moving average before debiasing
     stamps: wp.array[int]  # (blocks) step at which the average is up to date
+    average_start: wp.array[int]  # (1) steps before the first that the average counts
     bias_correction: wp.array[float]  # sqrt(1 - beta2^n) / (1 - beta1^n)
     ema_weight: wp.array[float]  # 1 - decay^n
     learning_rate: wp.array[float]  # (1)
@@ -308,6 +309,25 @@ def make_update_tables(otype: str, average: bool, dtype: Any):
 
 
 @wp.kernel
+def restart_average(
+    first: int,
+    # In
+    state: wp.array[int],
+    # In/out
+    view: OptimizerView,
+):
+    """Let the moving average begin with the next step. One thread per weight and then per block of the tables."""
+    i = first + wp.tid()
+    if i == 0:
+        view.average_start[0] = state[N_STEPS]
+    if i < view.n_matrix:
+        view.weights[2, i] = 0.0
+    else:
+        view.average[i - view.n_matrix] = Block()
+        view.stamps[i - view.n_matrix] = state[N_STEPS]
+
+
+@wp.kernel
 def debias_weights(
     first: int,
     # In
@@ -318,10 +338,10 @@ def debias_weights(
 ):
     """Write the debiased moving average of the network's weights. One thread per weight."""
     i = first + wp.tid()
-    n_steps = state[N_STEPS]
+    n_averaged = state[N_STEPS] - view.average_start[0]
     average = view.params[i]
-    if n_steps > 0:
-        average = view.weights[2, i] / view.ema_weight[wp.min(n_steps, view.ema_weight.shape[0] - 1)]
+    if n_averaged > 0:
+        average = view.weights[2, i] / view.ema_weight[wp.min(n_averaged, view.ema_weight.shape[0] - 1)]
     out_params[i] = average
 
 
@@ -338,11 +358,12 @@ def debias_tables(
     at = first + wp.tid()
     i = view.n_matrix + at
     n_steps = state[N_STEPS]
+    n_averaged = n_steps - view.average_start[0]
     last = view.ema_weight.shape[0] - 1
     average = view.params[i]
-    if n_steps > 0:
+    if n_averaged > 0:
         block = at // UPDATE_BLOCK
         old = view.average[block][at % UPDATE_BLOCK]
         average = old + view.ema_weight[wp.min(n_steps - view.stamps[block], last)] * (average - old)
-        average = average / view.ema_weight[wp.min(n_steps, last)]
+        average = average / view.ema_weight[wp.min(n_averaged, last)]
     out_params[i] = average

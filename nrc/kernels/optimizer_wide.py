@@ -238,11 +238,12 @@ def make_debias_tables_wide():
         _VECTOR8_SOURCE
         + """
     const int n_steps = state.data[2], last = view.ema_weight.shape[0] - 1;
-    const float weight = n_steps > 0 ? view.ema_weight.data[n_steps < last ? n_steps : last] : 1.0f;
+    const int n_averaged = n_steps - view.average_start.data[0];
+    const float weight = n_averaged > 0 ? view.ema_weight.data[n_averaged < last ? n_averaged : last] : 1.0f;
     const float* params = view.params.data + view.n_matrix;
     for (size_t i = begin; i < (size_t)end; i += 8) {
         f8 average = *(f8*)(params + i);
-        if (n_steps > 0) {
+        if (n_averaged > 0) {
             const f8 old = ((const f8*)view.average.data)[i / 8];
             const int gap = n_steps - view.stamps.data[i / 8];
             average = (old + view.ema_weight.data[gap < last ? gap : last] * (average - old)) / weight;
