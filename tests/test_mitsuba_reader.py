@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nrc.assets.mitsuba import load_mitsuba
+from nrc.assets.model import flatten
 from nrc.scene import Camera, Checkerboard, Environment, Mesh, Scene, SceneError, Texture
 
 mi = pytest.importorskip("mitsuba", reason="the mitsuba package is not installed")
@@ -390,13 +391,14 @@ def test_mesh_vertices_are_mitsubas(tmp_path, kind):
     np.testing.assert_array_equal(np.sort(mesh.indices), np.sort(np.array(params["faces"]).reshape(-1, 3)))
 
 
-def test_instances_are_flattened_into_world_space(tmp_path):
-    """Each instance of a shape group is hit where Mitsuba hits it, also when mirrored."""
+def test_instances_share_the_meshes_of_their_group(tmp_path):
+    """Each instance of a shape group is hit where Mitsuba hits it, also when mirrored; the group is there once."""
     write_meshes(tmp_path)
     group = f'<shape type="shapegroup" id="g">{MESHES["obj"].format(FACE)}{MESHES["cube"].format("")}</shape>'
     placed = "".join(f'<shape type="instance"><ref id="g"/>{where}</shape>' for where in (TRANSFORM, MIRROR))
     scene = read(tmp_path, SENSOR + group + placed)
-    assert len(scene.meshes) == 4
+    assert len(scene.meshes) == 2 and [instance.mesh for instance in scene.instances] == [0, 1, 0, 1]
+    scene = flatten(scene)
     theirs = mi.load_file(str(tmp_path / "scene.xml"))
     rng = np.random.default_rng(8)
     n_hits = 0

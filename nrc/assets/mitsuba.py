@@ -18,11 +18,12 @@ from nrc.assets import shapes
 from nrc.assets.defaults import framing_camera
 from nrc.assets.mitsuba_document import Document, Node, import_mitsuba, mitsuba_session, plain
 from nrc.assets.mitsuba_materials import VERTEX_COLORS, Materials, read_image
-from nrc.assets.model import flip_mesh, transform_mesh
+from nrc.assets.model import flatten, flip_mesh, transform_mesh
 from nrc.scene import (
     Camera,
     DirectionalLight,
     Environment,
+    Instance,
     Light,
     Material,
     Mesh,
@@ -65,6 +66,8 @@ class _Reader:
         self.materials: list[Material] = []
         self.colours: list[tuple[str, float] | None] = []  # per material: mesh attribute that is its base colour
         self.meshes: list[Mesh] = []
+        self.groups: dict[int, range] = {}  # meshes of each shape group in use
+        self.instances: list[Instance] = []
         self.lights: list[Light] = []
         self.environment: Environment | None = None
         self._material_of: dict[tuple[int, int], int] = {}
@@ -75,7 +78,7 @@ class _Reader:
         if root.kind != "Scene":
             raise root.error("expected a <scene>")
         for _, shape in root.children("Shape"):
-            self.add_shape(shape, np.eye(4))
+            self.add_shape(shape)
         for _, emitter in root.children("Emitter"):
             self.add_emitter(emitter)
         for kind in ("BSDF", "Texture"):
@@ -97,33 +100,32 @@ class _Reader:
                 child.warn("ignored")
         if camera is None:
             self.document.warn("there is no sensor: the camera frames the scene")
-            camera = framing_camera(self.meshes)
-        return Scene(
+        scene = Scene(
             meshes=tuple(self.meshes),
             materials=tuple(self.materials),
-            camera=camera,
+            camera=camera or Camera(np.eye(4)),
+            instances=tuple(self.instances),
             lights=tuple(self.lights),
             environment=self.environment,
             settings=settings,
             name=self.document.path.stem,
             warnings=self.document.collected_warnings(),
         )
+        return scene if camera is not None else replace(scene, camera=framing_camera(flatten(scene).meshes))
 
     # Shapes
 
-    def add_shape(self, node: Node, outer: np.ndarray) -> None:
-        """Append the meshes of a shape; `outer` is the transformation of the instance it is part of."""
+    def add_shape(self, node: Node) -> None:
+        """Append the meshes or instances of a shape."""
         if node.plugin == "shapegroup":  # seen through its instances only
             return
         if node.plugin == "instance":
-            outer = outer @ node.matrix()
             for _, group in node.children("Shape"):
-                for _, child in group.children("Shape"):
-                    self.add_shape(child, outer)
+                self.instances += [Instance(i, node.matrix(), node.id) for i in self.add_group(group)]
             return
         if node.plugin == "merge":
             for _, child in node.children("Shape"):
-                self.add_shape(child, outer)
+                self.add_shape(child)
             return
         node.ignore(*SHAPE_PROPERTIES)
         material = self.material(node)
@@ -138,9 +140,16 @@ class _Reader:
         for _, child in node.children():
             if child.kind not in ("BSDF", "Emitter"):
                 child.warn(f"ignored on {node}")
-        if not np.array_equal(outer, np.eye(4)):
-            mesh = transform_mesh(mesh, outer)
         self.meshes.append(_with_tangents(mesh) if self.materials[material].normal_texture is not None else mesh)
+
+    def add_group(self, group: Node) -> range:
+        """Indices of the meshes of a shape group, in its own space; appended once."""
+        if group.index not in self.groups:
+            first = len(self.meshes)
+            for _, child in group.children("Shape"):
+                self.add_shape(child)
+            self.groups[group.index] = range(first, len(self.meshes))
+        return self.groups[group.index]
 
     def triangles(self, node: Node, shape: Any, material: int) -> Mesh:
         """Triangles of a Mitsuba mesh."""
