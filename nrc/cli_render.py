@@ -35,6 +35,12 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         type=positive_float,
         help="stop after this long in all, compilation excluded; with --animate: for each frame",
     )
+    render.add_argument(
+        "--clamp",
+        type=positive_float,
+        help="largest component that a sample adds to a pixel, against fireflies; the energy it takes is reported "
+        "(default: none)",
+    )
     render.add_argument("--time", type=float, help="moment of an animated scene [s] (default: 0)")
     render.add_argument("--animate", metavar="A-B", help="frames A to B of an animated scene, as numbered pictures")
     render.add_argument("--fps", type=positive_float, help=f"frames per second of --animate (default: {FPS:g})")
@@ -100,6 +106,8 @@ def _render_picture(arguments: argparse.Namespace) -> dict[str, Any]:
     _write_picture(out, layers, arguments.integrator, renderer.film.n_frames, job.seconds)
     if result["invalid_samples"]:
         say(f"{result['invalid_samples']} samples were not finite or negative and were left out")
+    if arguments.clamp is not None:
+        say(f"--clamp {arguments.clamp:g} took {100 * result['clamped_fraction']:.2g} % of the energy")
     if reference is not None:
         figures = compare(layers["color"], reference)
         result |= {name: figures[name] for name in ("relmse", "psnr", "mean_bias")}
@@ -139,11 +147,13 @@ def _render_frames(arguments: argparse.Namespace) -> dict[str, Any]:
     def write(frame: int) -> None:
         spp = renderer.film.n_frames
         _write_picture(path(frame), _layers(arguments, renderer), arguments.integrator, spp, job.seconds)
-        entries.append(
-            {"frame": frame, "time": job.time(frame), "out": str(path(frame)), "spp": spp, "seconds": job.seconds}
-        )
+        entry = {"frame": frame, "time": job.time(frame), "out": str(path(frame)), "spp": spp, "seconds": job.seconds}
+        entries.append({**entry, "clamped_fraction": renderer.film.stats()["clamped_fraction"]})
 
     written = job.run(frames, budget, path, write)
+    if arguments.clamp is not None and entries:
+        taken = max(entry["clamped_fraction"] for entry in entries)
+        say(f"--clamp {arguments.clamp:g} took at most {100 * taken:.2g} % of a frame's energy")
     say(f"{len(written)} frames, {len(frames)} asked for: {pattern}")
     return {
         "out": str(pattern),
@@ -209,6 +219,7 @@ def _renderer(arguments: argparse.Namespace, scene: Scene, size: tuple[int, int]
         *size,
         tracer_config(arguments, scene, arguments.integrator),
         cache=CacheConfig(encoding=arguments.encoding),
+        clamp=arguments.clamp or 0.0,
         device=arguments.device,
     )
     renderer.prepare()

@@ -35,6 +35,19 @@ def add_render_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-depth", type=int, help="longest path in edges, -1 for no limit (default: the scene's)")
     parser.add_argument("--rr-depth", type=int, help="edges before Russian roulette (default: the scene's)")
     parser.add_argument("--threshold", type=float, default=0.01, help="spread c that ends a path in the cache (0.01)")
+    parser.add_argument(
+        "--min-spread",
+        type=float,
+        default=0.0,
+        help="least width of a path's footprint where it may end in the cache, as a fraction of the scene's size: 0.02 "
+        "to 0.08 keeps contact shadows in close-ups (0)",
+    )
+    parser.add_argument(
+        "--record-space",
+        choices=("world", "object"),
+        default="world",
+        help="where the cache takes a point of a moving object to be: where it is, or where it was at first (world)",
+    )
     parser.add_argument("--encoding", choices=("hash", "frequency"), default="hash", help="of the cache (hash)")
     parser.add_argument("--seed", type=int, default=0)
     add_device(parser)
@@ -79,5 +92,7 @@ def tracer_config(arguments: argparse.Namespace, scene: Scene, integrator: Any) 
         max_depth=settings.max_depth if arguments.max_depth is None else arguments.max_depth,
         rr_depth=settings.rr_depth if arguments.rr_depth is None else arguments.rr_depth,
         spread_threshold=arguments.threshold,
+        min_spread=arguments.min_spread,
+        record_space=arguments.record_space,
         seed=arguments.seed,
     )

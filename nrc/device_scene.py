@@ -16,16 +16,18 @@ from nrc.kernels import texture as kt
 from nrc.kernels.bsdf import ALPHA_MIN, Bsdf
 from nrc.kernels.camera import CameraView
 from nrc.kernels.intersect import Accel, InstanceView
+from nrc.kernels.light_tree import LightNode
 from nrc.kernels.plastic import integrate_interface
 from nrc.launch import prepare, resolve_device
 from nrc.light_table import (
     LUMINANCE,
     EmissiveTriangles,
-    alias_table,
     environment_cdfs,
     integrated_luminance,
     light_table,
+    quads,
 )
+from nrc.light_tree import light_tree
 from nrc.plastic import plastic_table
 from nrc.scene import (
     MATERIAL_KINDS,
@@ -215,7 +217,7 @@ class DeviceScene:
     def _fill_instances(self, accel: Any, first_light: dict[int, int], earlier: DeviceScene | None) -> None:
         instances = self.scene.instances
         to_world = np.array([instance.to_world for instance in instances], float)
-        usable = np.array([not is_singular(matrix) for matrix in to_world])
+        usable = ~is_singular(to_world)
         same = earlier is not None and earlier._placed == self._placed
         self._rest_to_world = earlier._rest_to_world if earlier and same else to_world
         instance_view: Any = InstanceView  # wp.struct adds numpy_dtype
@@ -294,7 +296,7 @@ class DeviceScene:
         self._environment_power = irradiance * environment.scale * math.pi * self._radius * self._radius
 
     def _upload_lights(self, view: Any) -> dict[int, int]:
-        """Light table, chosen from in proportion to power [W]; returns the first entry of each emissive instance."""
+        """Light table, and what chooses from it; returns the first entry of each emissive instance."""
         emitters, per_mesh = self._emissive_triangles()
         first_light, n = {}, 0
         for emitter in emitters:
@@ -302,18 +304,24 @@ class DeviceScene:
                 first_light[emitter.instance] = n
             n += len(emitter.faces)
         environment_power = None if self.scene.environment is None else self._environment_power
-        table, powers = light_table(emitters, self.scene.lights, environment_power, self._radius)
-        total = float(powers.sum())
-        view.n_lights = len(table) if total > 0.0 else 0
-        view.environment_light = len(table) - 1 if environment_power is not None else -1
-        if not len(table):
-            table, powers = np.zeros(1, table.dtype), np.zeros(1)
-        pmf = powers / total if total > 0.0 else powers
-        probability, alias = alias_table(pmf)
-        view.lights = wp.array(table, dtype=ks.LightView, device=self.device)
-        view.light_pmf = self._array(pmf.astype(np.float32), wp.float32)
-        view.light_probability = self._array(probability.astype(np.float32), wp.float32)
-        view.light_alias = self._array(alias, wp.int32)
+        table = light_table(emitters, self.scene.lights, environment_power, self._radius)
+        rows, total = table.rows, float(table.powers.sum())
+        view.n_lights = len(rows) if total > 0.0 else 0
+        view.n_placed_lights = table.n_placed
+        view.environment_light = len(rows) - 1 if environment_power is not None else -1
+        cdf = np.concatenate([[0.0], np.cumsum(table.powers) / max(total, 1e-300)])
+        cdf[-1] = 1.0
+        view.light_cdf = self._array(cdf.astype(np.float32), wp.float32)
+        nodes, leaves, view.light_depth = light_tree(table.bounds)
+        used = np.flatnonzero(leaves >= 0)
+        leaf_lights = np.full(len(leaves), -1, np.int32)
+        leaf_lights[used] = first = table.leaves[leaves[used]]
+        rows["leaf"][first] = used
+        partnered = first[rows["share"][first] < 1.0]
+        rows["leaf"][partnered + 1] = rows["leaf"][partnered]
+        view.lights = wp.array(rows if len(rows) else np.zeros(1, rows.dtype), dtype=ks.LightView, device=self.device)
+        view.light_nodes = wp.array(nodes, dtype=LightNode, device=self.device)
+        view.leaf_lights = self._array(leaf_lights, wp.int32)
 
         def number() -> wp.array:
             light = np.full(self._first_face[-1], -1, np.int32)
@@ -333,33 +341,36 @@ class DeviceScene:
         """What emits, that in world space first, and the faces that do of each mesh by its place in the order."""
         emitters, per_mesh = [], {}
         for place, (i, mesh) in enumerate(zip(self._order, self._meshes, strict=True)):
-            radiance = self._mean_emission(self.scene.materials[mesh.material])
+            material = self.scene.materials[mesh.material]
+            radiance, two_sided = self._mean_emission(material), material.emission_two_sided
             if radiance <= 0.0:
                 continue
             first = int(self._first_face[place])
             sources = mesh.positions, mesh.indices, first
-            normals, faces = self._part(f"emitter {i}", sources, partial(_emitter, mesh, first))
+            corners, normals, pairs, faces = self._part(f"emitter {i}", sources, partial(_emitter, mesh, first))
             if not len(faces):
                 continue
             per_mesh[place] = faces
             if place < self._n_still:
-                emitters.append(EmissiveTriangles(faces, np.linalg.norm(normals, axis=1) / 2.0, radiance))
+                emitters.append(EmissiveTriangles(faces, corners, normals, pairs, radiance, two_sided))
                 continue
             for k in np.flatnonzero(np.array([instance.mesh == i for instance in self.scene.instances])):
-                moved = normals @ cofactors(np.asarray(self.scene.instances[k].to_world, float)[:3, :3]).T
-                areas = np.linalg.norm(moved, axis=1) / 2.0
-                emitters.append(EmissiveTriangles(faces, areas, radiance, int(k)))
+                matrix = np.asarray(self.scene.instances[k].to_world, float)
+                moved = corners @ matrix[:3, :3].T + matrix[:3, 3]
+                facing = -1.0 if np.linalg.det(matrix[:3, :3]) < 0.0 else 1.0
+                turned = facing * normals @ cofactors(matrix[:3, :3]).T
+                emitters.append(EmissiveTriangles(faces, moved, turned, pairs, radiance, two_sided, int(k)))
         return emitters, per_mesh
 
     def _mean_emission(self, material: Material) -> float:
-        """Luminance of the emission, averaged over its texture's texels, counting both sides if both emit."""
+        """Luminance of the emission of one side, averaged over its texture's texels."""
         if not material.emits:
             return 0.0
         emission = np.asarray(material.emission, float)
         texture = material.emission_texture
         if texture is not None:
             emission = emission * self._part(f"mean {id(texture)}", (texture,), lambda: _mean_color(texture))
-        return float(emission @ LUMINANCE) * (2.0 if material.emission_two_sided else 1.0)
+        return float(emission @ LUMINANCE)
 
 
 def _material_view(material: Material, textures: TextureTable, has_colors: bool) -> Any:
@@ -416,12 +427,16 @@ def _triangles(meshes: list[Mesh]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _emitter(mesh: Mesh, first_face: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normals with the length of twice the area, (n, 3) float64, of the triangles that have one, and their numbers."""
+def _emitter(mesh: Mesh, first_face: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Corners, normals and quads of the triangles that have an area as `EmissiveTriangles` has them, and their numbers.
+
+    In the mesh's own space, float64.
+    """
     corners = mesh.positions[mesh.indices].astype(np.float64)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     faces = np.flatnonzero(normals.any(axis=1))
-    return normals[faces], faces + first_face
+    corners, normals = corners[faces], normals[faces]
+    return corners, normals, quads(corners, normals), faces + first_face
 
 
 def _attribute(mesh: Mesh, name: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""The table of everything that emits, and how often each entry is chosen."""
+"""The table of everything that emits, with what decides how often each entry is chosen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from nrc.kernels import scene as ks
+from nrc.light_tree import LightBounds, concatenated, triangle_bounds, union
 from nrc.scene import DirectionalLight, Light, PointLight, SpotLight
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+FLATNESS = 1e-6  # by which the cosine between the triangles of a quad may be less than 1
+ANGLE_MARGIN = 1e-3  # [rad] by which the bounds of a spot are wider than its light
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,84 +24,132 @@ class EmissiveTriangles:
 
     Attributes:
         faces: (n,) their numbers in the scene.
-        areas: (n,) in world space [scene units²].
-        radiance: Mean luminance that they emit, counting both sides if both emit [W m^-2 sr^-1].
+        corners: (n, 3, 3) in world space.
+        normals: (n, 3) there, towards their fronts, with the length of twice the area [scene units²].
+        quads: First of each two triangles that make a quad, as `quads` finds them.
+        radiance: Mean luminance that one side emits [W m^-2 sr^-1].
+        two_sided: Whether both sides do.
         instance: Index of the instance, -1 in world space.
     """
 
     faces: np.ndarray
-    areas: np.ndarray
+    corners: np.ndarray
+    normals: np.ndarray
+    quads: np.ndarray
     radiance: float
+    two_sided: bool
     instance: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class LightTable:
+    """Everything that emits.
+
+    Attributes:
+        rows: Of `LightView`: triangles, points and spots, parallel light, the environment if any.
+        n_placed: How many of them are somewhere, the first ones.
+        leaves: (n,) first light of each leaf of a tree over those; the two triangles of a quad are one leaf.
+        bounds: Of the leaves.
+        powers: (1 + others,) [W] of the lights with a place together, and of each of the others.
+    """
+
+    rows: Any
+    n_placed: int
+    leaves: np.ndarray
+    bounds: LightBounds
+    powers: np.ndarray
 
 
 def light_table(
     emitters: Sequence[EmissiveTriangles], lights: Sequence[Light], environment_power: float | None, radius: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `LightView`, and the power [W] of each: triangles in the order given, `lights`, the environment if any.
+) -> LightTable:
+    """Rows, bounds and powers of what emits: triangles in the order given, then `lights`, then the environment.
 
     Args:
         environment_power: Of the environment [W]; None without one.
         radius: Of the scene's bounding sphere, which parallel light crosses.
     """
+    placed = [light for light in lights if not isinstance(light, DirectionalLight)]
+    parallel = [light for light in lights if isinstance(light, DirectionalLight)]
     n_triangles = sum(len(emitter.faces) for emitter in emitters)
+    n_placed = n_triangles + len(placed)
     light_view: Any = ks.LightView  # wp.struct adds numpy_dtype
-    table: Any = np.zeros(n_triangles + len(lights) + (environment_power is not None), light_view.numpy_dtype())
-    powers = np.zeros(len(table))
-    table["triangle"] = table["instance"] = -1
-    begin = 0
-    for emitter in emitters:
-        rows = slice(begin, begin + len(emitter.faces))
-        table["triangle"][rows] = emitter.faces
-        table["instance"][rows] = emitter.instance
-        powers[rows] = math.pi * emitter.areas * emitter.radiance
-        begin = rows.stop
-    for i, light in enumerate(lights, start=n_triangles):
-        row = table[i]
-        if not isinstance(light, DirectionalLight):
-            row["position"] = light.position
-        if not isinstance(light, PointLight):
-            row["direction"] = np.asarray(light.direction) / np.linalg.norm(light.direction)
+    rows: Any = np.zeros(n_placed + len(parallel) + (environment_power is not None), light_view.numpy_dtype())
+    powers = np.zeros(1 + len(rows) - n_placed)
+    rows["triangle"] = rows["instance"] = -1
+    rows["share"] = 1.0
+    begins = np.cumsum([0, *(len(emitter.faces) for emitter in emitters)])[:-1]
+    for emitter, begin in zip(emitters, begins, strict=True):
+        some = slice(begin, begin + len(emitter.faces))
+        rows["triangle"][some] = emitter.faces
+        rows["instance"][some] = emitter.instance
+        area = float(np.linalg.norm(emitter.normals, axis=1).sum()) / 2.0
+        powers[0] += math.pi * area * emitter.radiance * (1 + emitter.two_sided)
+    for i, light in enumerate(placed, start=n_triangles):
+        row = rows[i]
+        row["kind"] = ks.LIGHT_POINT
+        row["position"], row["intensity"] = light.position, light.intensity
+        solid_angle = 4.0 * math.pi
         if isinstance(light, SpotLight):
             row["kind"] = ks.LIGHT_SPOT
+            row["direction"] = _unit(light.direction)
             row["inner_angle"], row["outer_angle"] = light.inner_angle, light.outer_angle
             row["smooth"] = light.falloff == "smooth"
             solid_angle = 2.0 * math.pi * (1.0 - math.cos((light.inner_angle + light.outer_angle) / 2.0))
-        else:
-            row["kind"] = ks.LIGHT_DIRECTIONAL if isinstance(light, DirectionalLight) else ks.LIGHT_POINT
-            solid_angle = 4.0 * math.pi
-        if isinstance(light, DirectionalLight):
-            row["intensity"] = light.irradiance
-            powers[i] = float(np.dot(light.irradiance, LUMINANCE)) * math.pi * radius**2
-        else:
-            row["intensity"] = light.intensity
-            powers[i] = float(np.dot(light.intensity, LUMINANCE)) * solid_angle
+        powers[0] += float(np.dot(light.intensity, LUMINANCE)) * solid_angle
+    for i, sun in enumerate(parallel, start=n_placed):
+        row = rows[i]
+        row["kind"] = ks.LIGHT_DIRECTIONAL
+        row["direction"], row["intensity"] = _unit(sun.direction), sun.irradiance
+        powers[1 + i - n_placed] = float(np.dot(sun.irradiance, LUMINANCE)) * math.pi * radius**2
     if environment_power is not None:
-        table[-1]["kind"] = ks.LIGHT_ENVIRONMENT
+        rows[-1]["kind"] = ks.LIGHT_ENVIRONMENT
         powers[-1] = environment_power
-    return table, powers
+    each = [triangle_bounds(e.corners, e.normals, e.radiance, e.two_sided) for e in emitters]
+    bounds = concatenated([*each, _bounds(placed)])
+    pairs = [emitter.quads + begin for emitter, begin in zip(emitters, begins, strict=True)]
+    first = np.concatenate([np.zeros(0, int), *pairs])
+    first = first[bounds.intensity[first] > 0.0]
+    both = union(bounds[first], bounds[first + 1])
+    rows["share"][first] = bounds.intensity[first] / both.intensity
+    rows["share"][first + 1] = 1.0 - rows["share"][first]
+    for name, values in vars(both).items():
+        getattr(bounds, name)[first] = values
+    leaves = np.delete(np.arange(n_placed), first + 1)
+    return LightTable(rows, n_placed, leaves, bounds[leaves], powers)
 
 
-def alias_table(pmf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Walker's alias table of a probability mass function, (n,): acceptance probability and alias of each entry.
+def quads(corners: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """First of each two triangles, of (n, 3, 3), one after the other, that share an edge and lie in one plane."""
+    a, b = corners[:-1], corners[1:]
+    same = (a[:, :, None] == b[:, None]).all(axis=3)  # corner of the first, corner of the second
+    edge = same.any(axis=2).sum(axis=1) == 2
+    cosine = np.einsum("ij,ij->i", normals[:-1], normals[1:])
+    length = np.linalg.norm(normals, axis=1)
+    joined = np.flatnonzero(edge & (cosine >= (1.0 - FLATNESS) * length[:-1] * length[1:]))
+    # Of a run of such neighbours every second one.
+    new_run = np.flatnonzero(np.diff(joined, prepend=-2) > 1)
+    place = np.arange(len(joined)) - np.repeat(new_run, np.diff(np.append(new_run, len(joined))))
+    return joined[place % 2 == 0]
 
-    Entries below the mean are filled up by those above it in order, each of which becomes an entry below the mean that
-    the next one fills up. Sums of the two kinds meet like the two lists of a merge, so that a binary search replaces
-    the sequential construction (Vose 1991; Hübschle-Schneider and Sanders 2019, section 4.2).
-    """
-    share = pmf * len(pmf)
-    probability, alias = np.ones(len(pmf)), np.arange(len(pmf), dtype=np.int32)
-    light, heavy = np.flatnonzero(share < 1.0), np.flatnonzero(share >= 1.0)
-    if not len(light) or not len(heavy):
-        return probability, alias
-    needed = np.concatenate([[0.0], np.cumsum(1.0 - share[light])])  # before each of `light`, and in all
-    given = np.cumsum(share[heavy] - 1.0)  # up to and with each of `heavy`
-    giver = np.minimum(np.searchsorted(given, needed[:-1], side="right"), len(heavy) - 1)
-    probability[light], alias[light] = share[light], heavy[giver]
-    overdrawn = needed[np.minimum(np.searchsorted(needed, given), len(light))]
-    probability[heavy[:-1]] = np.clip(1.0 + given - overdrawn, 0.0, 1.0)[:-1]
-    alias[heavy[:-1]] = heavy[1:]
-    return probability, alias
+
+def _bounds(lights: Sequence[PointLight | SpotLight]) -> LightBounds:
+    """Bounds of lights without extent."""
+    n = len(lights)
+    position = np.array([light.position for light in lights], float).reshape(n, 3)
+    axis, spread, reach = np.tile((0.0, 0.0, 1.0), (n, 1)), np.full(n, math.pi), np.zeros(n)
+    for i, light in enumerate(lights):
+        if isinstance(light, SpotLight):
+            axis[i] = _unit(light.direction)
+            outer = min(light.outer_angle + ANGLE_MARGIN, math.pi)
+            spread[i] = max(light.inner_angle, outer - math.pi / 2.0)
+            reach[i] = outer - spread[i]
+    intensity = np.array([np.dot(light.intensity, LUMINANCE) for light in lights], float)
+    return LightBounds(position, position, np.zeros(n), axis, spread, reach, np.zeros(n, bool), intensity)
+
+
+def _unit(vector: Any) -> np.ndarray:
+    return np.asarray(vector, float) / np.linalg.norm(vector)
 
 
 def integrated_luminance(image: np.ndarray) -> float:

@@ -44,6 +44,16 @@ def test_render_writes_a_picture_and_a_preview(capsys):
     assert read_linear("cornell_box.png").shape == (10, 12, 3)
 
 
+def test_render_clamps_and_says_what_it_took(capsys):
+    """Nothing is brighter than the clamp, and the lost share of the energy is in the result."""
+    free = run(capsys, "render", "--integrator", "path", *SMALL, "--out", "free.exr")
+    result = run(capsys, "render", "--integrator", "path", "--clamp", 0.3, *SMALL, "--out", "clamped.exr")
+    mean = {name: read_linear(f"{name}.exr").mean(dtype=np.float64) for name in ("free", "clamped")}
+    assert read_linear("clamped.exr").max() <= 0.3 * (1.0 + 1e-5)
+    assert free["clamped_fraction"] == 0.0
+    assert result["clamped_fraction"] == pytest.approx(1.0 - mean["clamped"] / mean["free"], rel=1e-4)
+
+
 def test_render_with_reference_prints_the_figures(capsys):
     """relMSE, PSNR, mean bias, seconds, samples; the size is the reference's; against itself there is no difference."""
     run(capsys, "render", "--integrator", "path", *SMALL, "--out", "a.exr")

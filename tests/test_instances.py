@@ -174,13 +174,14 @@ def draw(
     """Sample a light from a point that sees all of them and shoot a ray there. One thread per sample."""
     i = first + wp.tid()
     p = wp.vec3(0.0, 2.2, 2.5)
-    light = light_sample(scene, p, u[i][0], wp.vec2(u[i][1], u[i][2]))
+    n = wp.vec3(0.0, 0.0, 0.0)
+    light = light_sample(scene, p, n, u[i][0], wp.vec2(u[i][1], u[i][2]))
     out_pdf[i] = wp.vec2(-1.0, -1.0)
     if light.delta == 0 and light.pdf > 0.0:
         hit = ray_closest(scene.accel, p, light.wi, FAR)
         again = 0.0
         if hit.face >= 0 and wp.abs(hit.t - light.distance) < 1.0e-3:
-            again = light_pdf_triangle(scene, hit, hit.t, light.wi)
+            again = light_pdf_triangle(scene, hit, hit.t, light.wi, p, n)
         out_pdf[i] = wp.vec2(light.pdf, again)
         out_emitted[i] = light.value[1]
 
@@ -202,8 +203,9 @@ def test_light_on_an_instance_has_the_density_it_is_drawn_with():
     lights = uploaded.view.lights.numpy()
     assert sorted(lights["instance"][lights["triangle"] >= 0]) == [4, 4, 5, 5]
     # The second lamp is 1.5 x 0.7 times the first one's area.
-    pmf = uploaded.view.light_pmf.numpy()[:4]
-    assert pmf[2:].sum() / pmf[:2].sum() == pytest.approx(1.05, rel=1e-5)
+    leaves = uploaded.view.light_nodes.numpy()["intensity"][1 << uploaded.view.light_depth :]
+    of_lamp = leaves[lights["leaf"][:4]]
+    assert of_lamp[2:].sum() / of_lamp[:2].sum() == pytest.approx(1.05, rel=1e-5)
 
 
 def test_singular_instance_is_hidden():
@@ -214,7 +216,7 @@ def test_singular_instance_is_hidden():
     after = replace(before, instances=instances)
     uploaded = DeviceScene(after, "cpu")
     assert set(hits(uploaded)[4]) == {-1, 0, 1, 2, 3}
-    assert uploaded.view.light_pmf.numpy()[:-1].max() == 0.0
+    assert uploaded.view.leaf_lights.numpy().tolist() == [4]  # the point light alone
 
 
 def test_instances_share_their_mesh():

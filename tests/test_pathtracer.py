@@ -177,6 +177,7 @@ def test_thin_lens_blurs_to_a_disk_of_the_right_size():
         {"rr_depth": 0},
         {"spread_threshold": -1.0},
         {"spread_threshold": math.nan},
+        {"min_spread": -0.1},
         {"max_records": 0},
         {"continuation": -0.1},
         {"continuation": 1.5},
@@ -220,13 +221,8 @@ def two_planes() -> Scene:
     return Scene(meshes, (grey,), Camera.look_at((0, 2, 3), (0, 0, 0.5), fov=15.0))
 
 
-def test_spread_matches_hand_computation():
-    """At the second vertex: |x1 - x2|² / (p cos θ2) over |x0 - x1|² / (4π cos θ1), p = cos θ / π (Eqs. 3-4)."""
-    scene = two_planes()
-    tracer = tracer_of(scene, 32, 32, spread_threshold=0.0)
-    tracer.trace(0)
-    queries = queries_of(tracer)
-    assert (tracer.query_vertex.numpy()[queries["pixel"]] == 2).all()  # never the first vertex in nrc mode
+def spread_at_the_wall(queries: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Area spread of `two_planes`' queries by hand, the footprint, and where rounding of the origins allows it."""
     x2, back = queries["position"].astype(np.float64), queries["wo"].astype(np.float64)
     on_wall = np.abs(x2[:, 2] + 1.0) < 1e-4
     assert on_wall.sum() > 100
@@ -237,11 +233,37 @@ def test_spread_matches_hand_computation():
     length = np.linalg.norm(x1 - x2, axis=1)
     pdf = -back[:, 1] / np.pi
     spread = length**2 / (pdf * np.abs(back[:, 2]))
-    ours = tracer.query_spread.numpy()[queries["pixel"]]
     # Rays start 4e-4 off the surface, by which x1 is off at right angles and more at grazing ones.
     keep = on_wall & (np.minimum(np.abs(back[:, 2]), -back[:, 1]) > 0.1) & (length > 0.5)
     assert keep.sum() > 100
+    return spread, footprint, keep
+
+
+def test_spread_matches_hand_computation():
+    """At the second vertex: |x1 - x2|² / (p cos θ2) over |x0 - x1|² / (4π cos θ1), p = cos θ / π (Eqs. 3-4)."""
+    tracer = tracer_of(two_planes(), 32, 32, spread_threshold=0.0)
+    tracer.trace(0)
+    queries = queries_of(tracer)
+    assert (tracer.query_vertex.numpy()[queries["pixel"]] == 2).all()  # never the first vertex in nrc mode
+    spread, footprint, keep = spread_at_the_wall(queries)
+    ours = tracer.query_spread.numpy()[queries["pixel"]]
     assert np.allclose(ours[keep], (spread / footprint)[keep], rtol=1e-2)
+
+
+@pytest.mark.parametrize("min_spread", [0.6, 1.2])
+def test_paths_end_where_they_have_spread_over_a_minimum(min_spread):
+    """The second vertex is asked exactly where the root of its hand-computed spread is above a fraction of the box."""
+    scene = two_planes()
+    tracer, limited = (tracer_of(scene, 32, 32, spread_threshold=0.0, min_spread=s) for s in (0.0, min_spread))
+    for one in (tracer, limited):
+        one.trace(0)
+    queries = queries_of(tracer)
+    spread, _, keep = spread_at_the_wall(queries)
+    wide = np.sqrt(spread) / (8.0 * min_spread)  # the longest side is 8
+    keep &= np.abs(wide - 1.0) > 0.02
+    asked = limited.query_vertex.numpy()[queries["pixel"]] == 2
+    assert 20 < (wide > 1.0)[keep].sum() < keep.sum() - 20
+    assert np.array_equal(asked[keep], (wide > 1.0)[keep])
 
 
 def test_paths_end_where_the_spread_exceeds_the_threshold():

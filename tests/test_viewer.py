@@ -222,6 +222,71 @@ def test_view_of_the_cache_waits_for_a_cache(viewer) -> None:
     assert not [message.text for message, _ in viewer.messages if message.is_error]
 
 
+def test_animation_plays_pauses_and_is_scrubbed(viewer, tmp_path: Path) -> None:
+    """T starts and stops time; at a time one sees that pose through the scene's own camera."""
+    from pyglet.window import key
+
+    opened(viewer, "opening_door")
+    assert viewer.timeline.duration == 8.0 and viewer.timeline.follows_camera
+    press(viewer, key.T)
+    until(viewer, lambda: viewer.settings.time > 0.2)
+    press(viewer, key.T)
+    stopped = viewer.settings.time
+    until(viewer, lambda: viewer.stats["spp"] > 2)
+    assert viewer.settings.time == stopped and not viewer.timeline.is_playing
+    viewer.change(integrator="path")
+    viewer.timeline.seek(6.0)
+    viewer.worker.limit = None
+    until(viewer, lambda: viewer.session._shown.time == 6.0 and viewer.stats["spp"] == 1)
+    exr = tmp_path / "pose.exr"
+    viewer.viewport_screenshot(exr)
+    viewer.settle()
+    pose = assets.load("opening_door").at(6.0)
+    renderer = Renderer(pose, *SIZE, PathTracerConfig("path"), device="cpu")
+    for _ in range(64):
+        renderer.frame()
+    block = renderer.image().reshape(6, 20, 8, 20, 3).mean(axis=(1, 3))
+    seen = read_linear(exr).reshape(6, 20, 8, 20, 3).mean(axis=(1, 3))
+    assert np.corrcoef(np.log(block.ravel() + 1e-3), np.log(seen.ravel() + 1e-3))[0, 1] > 0.8
+
+
+def test_dragging_leaves_the_animated_camera_where_it_stands(viewer) -> None:
+    """From then on time goes on and the camera is the user's, who began where the scene's was."""
+    from pyglet.window import mouse
+
+    opened(viewer, "opening_door")
+    viewer.timeline.seek(8.0)
+    until(viewer, lambda: viewer.session._shown.time == 8.0 and viewer.picture.camera is viewer.session._pose.camera)
+    expected = assets.load("opening_door").at(8.0).camera.to_world[:3, 3]
+    drag(viewer, (200, 300), (201, 300), mouse.RIGHT)
+    assert not viewer.timeline.follows_camera
+    assert np.linalg.norm(viewer.camera.to_world[:3, 3] - expected) < 0.05
+    camera = viewer.camera
+    viewer.timeline.toggle()
+    until(viewer, lambda: viewer.settings.time > 0.1)
+    assert viewer.camera is camera
+
+
+def test_timeline_loops_or_stops_at_the_end() -> None:
+    """Time wraps at the end or rests there, and begins again from the start; a still scene has none."""
+    from nrc.viewer.timeline import Timeline
+
+    timeline = Timeline(duration=2.0)
+    timeline.toggle()
+    timeline.advance(2.5)
+    assert timeline.time == pytest.approx(0.5) and timeline.is_playing and not timeline.follows_camera
+    timeline.loops = False
+    timeline.advance(3.0)
+    assert timeline.time == 2.0 and not timeline.is_playing
+    timeline.toggle()
+    assert timeline.time == 0.0 and timeline.is_playing
+    timeline.seek(9.0)
+    assert timeline.time == 2.0 and not timeline.is_playing
+    still = Timeline()
+    still.toggle()
+    assert not still.is_playing
+
+
 def test_fixed_size_has_a_viewport_of_its_shape(display: str) -> None:
     """What pictures are scaled to, and what drags and clicks are measured by, has their shape, in the middle."""
     from nrc.viewer.app import Viewer

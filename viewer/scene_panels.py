@@ -45,6 +45,8 @@ def draw_cache_panel(viewer: Viewer, session: SceneSession) -> None:
             viewer.reset_cache()
         changes["threshold"] = slider("spread threshold", settings.threshold, 0.0, 1.0, "%.4f", logarithmic=True)
         explain("paths end in the cache where their area spread exceeds this share of the first footprint (c, Eq. 4)")
+        changes["min_spread"] = slider("least spread", settings.min_spread, 0.0, 0.2, "%.3f")
+        explain("and where they are this wide, as a fraction of the scene's size: keeps contact shadows in close-ups")
         changes["cache"] = _cache_config(viewer.settings.cache, session.device)
     changes["max_depth"] = slider_int("longest path", settings.max_depth, 1, 65)
     changes["compare"] = choice("compare with", settings.compare, get_args(Compare))
@@ -102,6 +104,8 @@ def draw_scene_panel(viewer: Viewer, session: SceneSession) -> None:
     if section("display"):
         operator = choice("tone mapping", settings.tone.operator, get_args(Operator))
         exposure = slider("exposure", settings.tone.exposure, -8.0, 8.0, "%+.2f stops")
+        changes["reproject"] = checkbox("reuse frames in motion", settings.reproject)
+        explain("averages a moving picture with the frames before, along its motion, while few samples are there")
         changes["tone"] = replace(settings.tone, operator=operator, exposure=exposure)
     if section("lights", opened=False):
         if session.has_environment:

@@ -22,6 +22,7 @@ from nrc.pathtracer import Integrator, PathTracerConfig
 from nrc.renderer import Renderer
 from nrc.scene import Camera, Light, Material, PointLight, Scene, SpotLight
 from nrc.snapshot import SnapshotError
+from nrc.temporal import TemporalAccumulation
 from nrc.viewer.navigation import same_camera
 from nrc.viewer.resolution import Resolution
 from nrc.viewer.session import Picture, Request
@@ -53,8 +54,9 @@ class SceneSettings:
         time: Of the animation [s].
         view: One of `VIEWS`; "radiance" is shown where the integrator has no such view.
         train: Whether frames train the cache.
-        threshold, max_depth: Of `PathTracerConfig`.
+        threshold, min_spread, max_depth: Of `PathTracerConfig`.
         cache: What the cache is made of.
+        reproject: Whether a moving picture is averaged with the frames before, along its motion.
         tone: How radiance becomes colours.
         environment_turn: About the vertical axis [deg], on top of the scene's own.
         environment_gain: Factor of the environment's radiance.
@@ -70,8 +72,10 @@ class SceneSettings:
     view: str = "radiance"
     train: bool = True
     threshold: float = 0.01
+    min_spread: float = 0.0
     max_depth: int = 16
     cache: CacheConfig = field(default_factory=CacheConfig)
+    reproject: bool = True
     tone: ToneMapping = field(default_factory=ToneMapping)
     environment_turn: float = 0.0
     environment_gain: float = 1.0
@@ -160,12 +164,14 @@ class SceneSession:
         self._reference = _Reference()
         self._counters: dict[str, float] = {}  # of the cache, and when they were read
         self._counted = 0.0
+        self._moving: TemporalAccumulation | None = None
+        self._n_moving = 0  # frames in it
         self._layers: dict[str, np.ndarray] = {}  # of the view on display, where it is not radiance
         self._stages = dict(self._renderer.stage_seconds)
 
     def kernels(self) -> dict[str, wp.Kernel]:
         """Kernels of the first frame by name."""
-        return self._renderer.kernels() | self._display.kernels()
+        return self._renderer.kernels() | self._display.kernels() | TemporalAccumulation.kernels()
 
     def frame(self, request: Request) -> Picture:
         """Render one sample per pixel, train the cache with it, and show the mean of what rests."""
@@ -173,6 +179,7 @@ class SceneSession:
         self._follow(request)
         renderer = self._renderer
         renderer.frame()
+        self._accumulate(request.settings)
         pixels = self._show(request.settings)
         wp.synchronize_device(self.device)
         width, height = renderer.tracer.width, renderer.tracer.height
@@ -236,9 +243,12 @@ class SceneSession:
             self._pose = self._base.at(new.time)
             renderer.set_scene(self._scene(new))
             renderer.set_camera(self._camera)
+            if new.time == old.time:
+                renderer.cut()  # light or a material changed at once
             self._forget_reference()
         if self._config(new) != self._config(old):
             renderer.set_config(self._config(new))
+            self._moving = None
             if new.max_depth != old.max_depth:
                 self._forget_reference()
         if new.cache != old.cache:
@@ -266,6 +276,7 @@ class SceneSession:
             max_depth=settings.max_depth,
             rr_depth=self._rr_depth,
             spread_threshold=settings.threshold,
+            min_spread=settings.min_spread,
             seed=self._seed,
         )
 
@@ -292,12 +303,29 @@ class SceneSession:
             )
         return replace(base, meshes=tuple(meshes), materials=tuple(materials), lights=lights, environment=environment)
 
+    def _accumulate(self, settings: SceneSettings) -> None:
+        """Average the frame with those before it where these showed the same from elsewhere."""
+        renderer = self._renderer
+        if not settings.reproject or settings.split is not None:
+            self._moving = None
+            return
+        tracer, moving = renderer.tracer, self._moving
+        if moving is None or (moving.width, moving.height) != (tracer.width, tracer.height):
+            moving = self._moving = TemporalAccumulation(tracer.width, tracer.height, self.device)
+            self._n_moving = 0
+        self._averaged = moving.add(renderer.film.frame, renderer.scene, tracer.camera)
+        self._n_moving += 1
+
     # --- showing -----------------------------------------------------------------------------------------------------
 
     def _show(self, settings: SceneSettings) -> wp.array:
         renderer, view = self._renderer, settings.shown_view
         if view == "radiance":
             self._layers = {}
+            moving, n_frames = self._moving, renderer.film.n_frames
+            # The film has more of a view that rests; frames that were seen from elsewhere are in the other.
+            if moving is not None and n_frames < min(self._n_moving, 1.0 / moving.config.min_alpha):
+                return self._display.show(self._averaged, settings.tone)
             return self._display.show_film(renderer.film, settings.tone)
         if view in FIRST_HIT_VIEWS:
             if renderer.film.n_frames == 1 or view not in self._layers:

@@ -531,6 +531,14 @@ def bsdf_has_smooth_lobe(b: Bsdf) -> bool:
 
 
 @wp.func
+def bsdf_transmits(b: Bsdf) -> bool:
+    """Whether light from behind the surface, seen from the viewer, can reach him by a lobe that is not a delta lobe."""
+    if b.kind == KIND_METALLIC_ROUGHNESS or b.kind == KIND_PRINCIPLED:
+        return b.transmission > 0.0
+    return b.kind == KIND_DIELECTRIC
+
+
+@wp.func
 def bsdf_roughness(b: Bsdf) -> float:
     """Perceptual roughness in [0, 1]; 1 for diffuse."""
     if b.kind == KIND_DIFFUSE:

@@ -1,15 +1,16 @@
 """Light selection and sampling: emissive triangles, points, spots, parallel light and the environment map.
 
-One alias table selects a light by power; `light_pdf_*` give the density of the same strategy for a direction found
+A tree chooses among the lights that are somewhere, by what each may contribute to a point; between them and each light
+from infinitely far away power decides. `light_pdf_*` give the density of the same strategy for a direction found
 otherwise, per solid angle and including the selection, for multiple importance sampling.
 """
 
 import warp as wp
 
 from nrc.kernels.intersect import Hit
+from nrc.kernels.light_tree import light_tree_pmf, light_tree_sample
 from nrc.kernels.sampling import (
     PI,
-    alias_sample,
     cdf_search,
     square_to_uniform_sphere,
     square_to_uniform_triangle,
@@ -67,11 +68,17 @@ def environment_radiance(scene: wp.ref[SceneView], d: wp.vec3) -> wp.vec3:
 
 
 @wp.func
+def light_share(scene: wp.ref[SceneView], i: int) -> float:
+    """Probability of the tree (0), or of one of the lights without a place (from 1)."""
+    return scene.light_cdf[i + 1] - scene.light_cdf[i]
+
+
+@wp.func
 def light_pdf_environment(scene: wp.ref[SceneView], d: wp.vec3) -> float:
     """Density with which light sampling finds `d` through the environment."""
     if scene.environment_light < 0:
         return 0.0
-    pmf = scene.light_pmf[scene.environment_light]
+    pmf = light_share(scene, 1 + scene.environment_light - scene.n_placed_lights)
     width = scene.environment_width
     height = scene.environment_height
     if width * height == 1:
@@ -91,8 +98,10 @@ def light_pdf_environment(scene: wp.ref[SceneView], d: wp.vec3) -> float:
 
 
 @wp.func
-def light_pdf_triangle(scene: wp.ref[SceneView], hit: Hit, distance: float, d: wp.vec3) -> float:
-    """Density with which light sampling finds the point hit at `distance` along `d`, on an emissive triangle."""
+def light_pdf_triangle(
+    scene: wp.ref[SceneView], hit: Hit, distance: float, d: wp.vec3, p: wp.vec3, n: wp.vec3
+) -> float:
+    """Density with which `light_sample` of `p` and `n` finds the point hit at `distance` along `d`, on a triangle."""
     light = hit_light(scene, hit.face, hit.instance)
     if light < 0:
         return 0.0
@@ -100,7 +109,9 @@ def light_pdf_triangle(scene: wp.ref[SceneView], hit: Hit, distance: float, d: w
     projected = 0.5 * wp.abs(wp.dot(wp.cross(e1, e2), d))  # area · cos
     if projected < 1.0e-20:
         return 0.0
-    return scene.light_pmf[light] * distance * distance / projected
+    of_tree = light_tree_pmf(scene.light_nodes, scene.light_depth, scene.lights[light].leaf, p, n)
+    pmf = light_share(scene, 0) * (of_tree * scene.lights[light].share)
+    return pmf * distance * distance / projected
 
 
 @wp.func
@@ -139,15 +150,27 @@ def spot_falloff(cos_angle: float, inner: float, outer: float, smooth: int) -> f
 
 
 @wp.func
-def light_sample(scene: wp.ref[SceneView], p: wp.vec3, u_select: float, u: wp.vec2) -> LightSample:
-    """Choose a light by power and a direction from `p` towards it. Visibility is not tested."""
+def light_sample(scene: wp.ref[SceneView], p: wp.vec3, n: wp.vec3, u_select: float, u: wp.vec2) -> LightSample:
+    """Choose a light and a direction from `p` towards it. Visibility is not tested.
+
+    `n` is the normal on the side that light must come from, or zero where it may come from both.
+    """
     result = LightSample()
     result.pdf = 0.0
     result.delta = 0
     if scene.n_lights == 0:
         return result
-    i = alias_sample(scene.light_probability, scene.light_alias, u_select)
-    pmf = scene.light_pmf[i]
+    group = cdf_search(scene.light_cdf, 0, scene.light_cdf.shape[0] - 1, u_select)
+    pmf = light_share(scene, group)
+    i = scene.n_placed_lights + group - 1
+    if group == 0:
+        leaf, of_tree, rest = light_tree_sample(scene.light_nodes, scene.light_depth, p, n, u_select / pmf)
+        if of_tree <= 0.0:
+            return result
+        i = scene.leaf_lights[leaf]
+        if rest >= scene.lights[i].share:
+            i += 1
+        pmf *= of_tree * scene.lights[i].share
     light = scene.lights[i]
     if light.kind == LIGHT_TRIANGLE:
         p0, e1, e2 = triangle_edges(scene, light.triangle, light.instance)

@@ -1,4 +1,4 @@
-"""Warps from the unit square, their densities, local frames, and alias-table selection.
+"""Warps from the unit square, their densities, local frames, and the bisection of tables.
 
 Directions are unit vectors; densities are per solid angle or per area, as named. Sources: Shirley & Chiu 1997
 (concentric disk), Pharr, Jakob & Humphreys 2023, appendix A.
@@ -102,17 +102,6 @@ def to_local(frame: Frame, v: wp.vec3) -> wp.vec3:
 def to_world(frame: Frame, v: wp.vec3) -> wp.vec3:
     """Frame coordinates as a world vector."""
     return frame.s * v[0] + frame.t * v[1] + frame.n * v[2]
-
-
-@wp.func
-def alias_sample(probability: wp.array[float], alias: wp.array[int], u: float) -> int:
-    """Index drawn in O(1) from a Walker alias table (Vose 1991); `u` in [0, 1)."""
-    n = probability.shape[0]
-    scaled = u * float(n)
-    i = wp.min(int(scaled), n - 1)
-    if scaled - float(i) < probability[i]:
-        return i
-    return alias[i]
 
 
 @wp.func

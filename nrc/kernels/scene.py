@@ -2,8 +2,9 @@
 
 import warp as wp
 
-from nrc.kernels.bsdf import Bsdf
+from nrc.kernels.bsdf import Bsdf, bsdf_transmits
 from nrc.kernels.intersect import Accel, Hit, ray_closest, ray_occluded
+from nrc.kernels.light_tree import LightNode
 from nrc.kernels.sampling import Frame, frame_from_normal, frame_from_tangent, max_component
 from nrc.kernels.texture import TextureView, texture_eval
 
@@ -66,6 +67,8 @@ class LightView:
     kind: int
     triangle: int
     instance: int  # that the triangle belongs to, -1 in world space
+    leaf: int  # of the light tree
+    share: float  # of the leaf, whose other light, if any, is next to this one
     position: wp.vec3
     direction: wp.vec3  # the way the light travels
     intensity: wp.vec3  # [W sr^-1], or [W m^-2] for directional lights
@@ -99,11 +102,13 @@ class SceneView:
     texels: wp.array[wp.uint32]
     srgb_to_linear: wp.array[float]  # (256,)
     has_alpha: int  # whether any material lets light pass by opacity
-    lights: wp.array[LightView]
-    light_pmf: wp.array[float]
-    light_probability: wp.array[float]  # alias table
-    light_alias: wp.array[int]
+    lights: wp.array[LightView]  # those with a place first, the environment last
     n_lights: int
+    n_placed_lights: int
+    light_cdf: wp.array[float]  # of the choice between the tree and each light without a place
+    light_nodes: wp.array[LightNode]  # tree over the lights with a place, the root at 1
+    light_depth: int
+    leaf_lights: wp.array[int]  # (2^depth,) light table index of the first light, -1 for none
     environment: wp.array[wp.vec3]  # radiance before the scale, row-major
     environment_scale: float
     environment_width: int
@@ -231,6 +236,23 @@ def hit_position(scene: wp.ref[SceneView], hit: Hit) -> wp.vec3:
     """World space position of a hit, also in another pose of the scene than the one that was hit."""
     p0, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
     return p0 + hit.u * e1 + hit.v * e2
+
+
+@wp.func
+def hit_normal(scene: wp.ref[SceneView], hit: Hit, ng: wp.vec3) -> wp.vec3:
+    """Shading normal at a hit before maps, `ng` where the mesh has none; also in another pose of the scene."""
+    if (scene.triangle_attributes[hit.face] & HAS_NORMALS) == 0:
+        return ng
+    vertices = scene.indices[hit.face]
+    w = 1.0 - hit.u - hit.v
+    n = w * scene.normals[vertices[0]] + hit.u * scene.normals[vertices[1]] + hit.v * scene.normals[vertices[2]]
+    if hit.instance >= 0:
+        # Normals move by the inverse transpose, which a reflection leaves on their side.
+        n = wp.transform_vector(wp.transpose(scene.accel.instances[hit.instance].to_object), n)
+    length = wp.length(n)
+    if length > 1.0e-6:
+        return n / length
+    return ng
 
 
 @wp.func
@@ -402,9 +424,16 @@ def is_consistent(surface: wp.ref[Surface], wi: wp.vec3, cos_mapped: float) -> b
 
 
 @wp.func
+def lit_side(surface: wp.ref[Surface], wo: wp.vec3) -> wp.vec3:
+    """Shading normal on the side that light must come from to leave along `wo`; zero where either will do."""
+    if bsdf_transmits(surface.bsdf):
+        return wp.vec3(0.0, 0.0, 0.0)
+    return wp.where(wp.dot(surface.frame.n, wo) < 0.0, -surface.frame.n, surface.frame.n)
+
+
+@wp.func
 def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref[Surface]):
     """Fill `surface` with everything the integrator needs at a hit of a ray with direction `d`."""
-    vertices = scene.indices[hit.face]
     p0, e1, e2 = triangle_edges(scene, hit.face, hit.instance)
     surface.p = p0 + hit.u * e1 + hit.v * e2
     surface.ng = wp.normalize(triangle_normal(scene, hit.instance, e1, e2))
@@ -418,18 +447,7 @@ def find_surface(scene: wp.ref[SceneView], hit: Hit, d: wp.vec3, surface: wp.ref
         uv0 = hit_uv0(scene, hit)
         uv1 = hit_uv1(scene, hit)
         apply_textures(scene, hit, scene.materials[m], uv0, uv1, surface.bsdf)
-    n = surface.ng
-    if (scene.triangle_attributes[hit.face] & HAS_NORMALS) != 0:
-        w = 1.0 - hit.u - hit.v
-        n = w * scene.normals[vertices[0]] + hit.u * scene.normals[vertices[1]] + hit.v * scene.normals[vertices[2]]
-        if hit.instance >= 0:
-            # Normals move by the inverse transpose, which a reflection leaves on their side.
-            n = wp.transform_vector(wp.transpose(scene.accel.instances[hit.instance].to_object), n)
-        length = wp.length(n)
-        if length > 1.0e-6:
-            n = n / length
-        else:
-            n = surface.ng
+    n = hit_normal(scene, hit, surface.ng)
     surface.n = n
     surface.is_mapped = wp.max(scene.materials[m].normal_texture, scene.materials[m].bump_texture) + 1
     surface.frame = shading_frame(scene, hit, scene.materials[m], n, uv0, uv1)

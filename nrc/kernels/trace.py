@@ -42,6 +42,7 @@ from nrc.kernels.scene import (
     find_surface,
     hit_opacity,
     is_consistent,
+    lit_side,
     offset_origin,
     pass_through,
     rest_position,
@@ -79,6 +80,7 @@ class TraceParams:
     max_depth: int  # edges from the camera
     rr_depth: int
     spread_threshold: float  # c of Eq. 4, Müller et al. 2021
+    min_spread: float  # [scene units] least root of the area spread where a path may end in the cache
     object_space: int  # whether the cache knows points by where they were at rest
     box_lower: wp.vec3  # where the cache is defined
     box_upper: wp.vec3
@@ -125,6 +127,7 @@ def trace_paths(
     o = ray.o
     d = ray.d
     previous = ray.o
+    previous_n = wp.vec3(0.0, 0.0, 0.0)  # for which lights were chosen there
 
     L = wp.vec3(0.0, 0.0, 0.0)
     beta = wp.vec3(1.0, 1.0, 1.0)
@@ -188,7 +191,7 @@ def trace_paths(
         if max_component(surface.emission) > 0.0:
             value = surface.emission
             if delta == 0:
-                value *= pdf / (pdf + light_pdf_triangle(scene, hit, distance, d))
+                value *= pdf / (pdf + light_pdf_triangle(scene, hit, distance, d, previous, previous_n))
             if suffix == 0:
                 L += wp.cw_mul(beta, value)
             A += wp.cw_mul(B, value)
@@ -213,7 +216,7 @@ def trace_paths(
         if integrator != INTEGRATOR_PATH and cacheable:
             wide = has_spread(spread, footprint, params.spread_threshold)
             if suffix == 0:
-                if (wide and vertex > 0) or integrator == INTEGRATOR_CACHE:
+                if (wide and vertex > 0 and spread >= params.min_spread) or integrator == INTEGRATOR_CACHE:
                     write_record(out_query, i, position, surface, wo, wo_local)
                     out_query_weight[i] = beta
                     out_query_spread[i] = spread * spread / footprint
@@ -250,6 +253,7 @@ def trace_paths(
             B = wp.vec3(1.0, 1.0, 1.0)
 
         # Next-event estimation.
+        n = lit_side(surface, wo)
         choice = wp.vec2(0.0, 0.0)  # of the light and of the BSDF lobe
         on_light = wp.vec2(0.0, 0.0)
         direction = wp.vec2(0.0, 0.0)
@@ -263,7 +267,7 @@ def trace_paths(
             on_light, rng = rng_vec2(rng)
             direction, rng = rng_vec2(rng)
         if smooth:
-            light = light_sample(scene, surface.p, choice[0], on_light)
+            light = light_sample(scene, surface.p, n, choice[0], on_light)
             if light.pdf > 0.0 and max_component(light.value) > 0.0:
                 wi_local = to_local(surface.frame, light.wi)
                 wi_local = wp.vec3(wi_local[0], wi_local[1], flip * wi_local[2])
@@ -296,6 +300,7 @@ def trace_paths(
         beta = wp.cw_mul(beta, bounce.weight)
         B = wp.cw_mul(B, bounce.weight)
         previous = surface.p
+        previous_n = n
         o = offset_origin(surface.p, surface.ng, d)
         vertex += 1
 
