@@ -24,7 +24,7 @@ class AnimationJob:
     A checkpoint is the whole state after some sample of some frame. Frames before it that are written already stay;
     from it on everything is rendered, the frame under way continued: a job that was stopped and resumed gives the same
     pictures as one that was not (on the CPU bit for bit). Frames before it whose files are gone are rendered first,
-    with what the cache has learned by then.
+    with what the cache has learned by then. A job that begins warms up the cache on its first frame.
 
     Args:
         renderer: Prepared renderer.
@@ -62,7 +62,7 @@ class AnimationJob:
     def run(
         self, frames: range, budget: Budget, path: Callable[[int], Path], write: Callable[[int], None]
     ) -> list[int]:
-        """Render `frames` until `budget` is spent for each, or until Ctrl-C.
+        """Render `frames`, each with one sample at least and until `budget` is spent, or until Ctrl-C.
 
         Args:
             path: File of a frame. It is skipped if it exists and comes before the frame that a checkpoint resumed.
@@ -81,8 +81,11 @@ class AnimationJob:
         ):
             for k in todo:
                 if k != self.frame:
+                    is_first = self.frame is None
                     self._show(k)
-                while not stopped() and not budget.is_spent(self.renderer.film.n_frames, self.seconds):
+                    if is_first:
+                        self.renderer.warm_up()
+                while not stopped() and not self._is_done(budget):
                     start = time.perf_counter()
                     self.renderer.frame()
                     now = time.perf_counter()
@@ -90,7 +93,7 @@ class AnimationJob:
                     if now - last > CHECKPOINT_SECONDS:
                         self.save()
                         last = time.perf_counter()
-                if not budget.is_spent(self.renderer.film.n_frames, self.seconds):
+                if not self._is_done(budget):
                     break
                 write(k)
                 written.append(k)
@@ -99,6 +102,11 @@ class AnimationJob:
         if self.frame is not None:
             self.save()
         return written
+
+    def _is_done(self, budget: Budget) -> bool:
+        """Whether the frame is finished: moving the scene alone may take longer than a frame may."""
+        n_samples = self.renderer.film.n_frames
+        return n_samples > 0 and budget.is_spent(n_samples, self.seconds)
 
     def _show(self, frame: int) -> None:
         """Move the scene to a frame."""

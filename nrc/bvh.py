@@ -74,8 +74,8 @@ class Bvh:
     def refit(self, positions: np.ndarray) -> None:
         """Follow moved vertices, (n, 3) float32 and finite, in place; what was built for the old ones is gone.
 
-        The hierarchy keeps its shape, and is built anew where that has become too bad or a triangle that had no area
-        has one now.
+        The hierarchy keeps its shape, and is built anew where a triangle that had no area has one now or, on the CPU,
+        that has become too bad.
         """
         _check(positions, self._indices)
         if _usable(positions[self._indices[self._left_out]]).any():
@@ -107,9 +107,11 @@ class InstanceBvh:
 
     def __init__(self, boxes: np.ndarray, device: Any) -> None:
         device = wp.get_device(device)
+        padding = np.finfo(np.float32).eps * np.abs(boxes).max()  # a ray along a face of a box still meets it
+        boxes = (boxes + padding * np.array([[-1.0], [1.0]])).astype(np.float32)
         if device.is_cpu:
             prepare({"BVH build": build_bvh}, device)
-            self._nodes = _instance_nodes(boxes.astype(np.float32))
+            self._nodes = _instance_nodes(boxes)
         else:
             lower, upper = (wp.array(boxes[:, i], dtype=wp.vec3, device=device) for i in range(2))  # type: Any, Any
             self._bvh = wp.Bvh(lower, upper)
@@ -164,9 +166,8 @@ def _instance_nodes(boxes: np.ndarray) -> np.ndarray:
     is_leaf = used & (children[: len(inner)] & LEAF_BIT != 0)
     children[: len(inner)][is_leaf] += np.uint32(len(inner) + LEAF_BIT)  # modulo 2^32: clears the bit
     index, filled = _leaf_lanes(leaves, order)
-    padding = np.finfo(np.float32).eps * np.abs(boxes).max(initial=0.0)
-    for corner, sign in ((0, -1), (1, 1)):
-        rows = np.where(filled[:, :, None], boxes[index, corner] + sign * padding, -sign * np.inf)
+    for corner, nothing in ((0, np.inf), (1, -np.inf)):
+        rows = np.where(filled[:, :, None], boxes[index, corner], nothing)
         first = 3 * WIDTH * corner
         nodes[len(inner) :, first : first + 3 * WIDTH] = rows.transpose(0, 2, 1).reshape(len(leaves), 3 * WIDTH)
     children[len(inner) :] = index.astype(np.uint32) | np.uint32(LEAF_BIT)

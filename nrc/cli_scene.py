@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
@@ -86,6 +87,10 @@ def tracer_config(arguments: argparse.Namespace, scene: Scene, integrator: Any) 
     """`PathTracerConfig`, with the scene's path lengths where none are asked for."""
     from nrc.pathtracer import PathTracerConfig
 
+    for option in ("threshold", "min_spread"):
+        value = getattr(arguments, option)
+        if not math.isfinite(value):  # checkpoints and results are JSON, which has no such numbers
+            raise UsageError(f"--{option.replace('_', '-')} {value:g}: expected a finite number")
     settings = scene.settings
     return PathTracerConfig(
         integrator=integrator,

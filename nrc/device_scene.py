@@ -38,6 +38,7 @@ from nrc.scene import (
     Material,
     Mesh,
     Scene,
+    SceneError,
     transformed_boxes,
 )
 from nrc.texture_table import TextureTable, packed_images
@@ -59,6 +60,7 @@ _BSDF_SCALARS = (
     "flatness",
 )
 _BSDF_COLORS = ("base_color", "specular", "transmittance", "eta", "k")
+LARGEST = 1e37  # coordinate of an instance, with room for sums in single precision
 _NO_ENVIRONMENT = Environment.constant((0.0, 0.0, 0.0))
 
 
@@ -235,6 +237,9 @@ class DeviceScene:
             for name in ("mesh", "nodes", "blocks"):
                 rows[name][shown] = getattr(bvh.accel, name)
             boxes[shown] = transformed_boxes(self.scene.meshes[i].box, to_world[shown])
+        too_far = np.flatnonzero((np.abs(boxes) > LARGEST).any(axis=(1, 2)))
+        if len(too_far):
+            raise SceneError(f"instance {instances[too_far[0]].name!r}: reaches beyond {LARGEST:g} scene units")
         self._instance_bvh = InstanceBvh(boxes, self.device)
         self._instance_bvh.fill(accel)
         accel.instances = wp.array(rows, dtype=InstanceView, device=self.device)
@@ -356,6 +361,8 @@ class DeviceScene:
                 continue
             for k in np.flatnonzero(np.array([instance.mesh == i for instance in self.scene.instances])):
                 matrix = np.asarray(self.scene.instances[k].to_world, float)
+                if is_singular(matrix):  # hidden, though what it flattens along another axis would keep an area
+                    continue
                 moved = corners @ matrix[:3, :3].T + matrix[:3, 3]
                 facing = -1.0 if np.linalg.det(matrix[:3, :3]) < 0.0 else 1.0
                 turned = facing * normals @ cofactors(matrix[:3, :3]).T

@@ -26,6 +26,8 @@ from nrc.scene import Camera, Scene
 # A picture that is accumulated from an untrained cache counts the cache's first answers less: they are the darkest,
 # since light travels a few bounces per frame through self-training.
 SETTLING_FRAMES = 128
+WARM_UP_FRAMES = 64
+WARM_UP_PATHS = 0.5  # of a warm-up frame, over the records it may train with: every second pixel's is a training path
 STAGES = ("trace", "query", "tails", "train", "film")
 
 
@@ -251,6 +253,23 @@ class Renderer:
         if self.cache is not None:
             self.cache.cut(keep_records=keep_records)
         self.restart()
+
+    def warm_up(self, n_frames: int = WARM_UP_FRAMES) -> None:
+        """Train the cache on the scene as it stands before the first picture; the film starts over.
+
+        An untrained cache answers with too little light for a hundred frames or more where light arrives after many
+        bounces. These frames trace no more paths than they train with, and train as after a `cut`. Nothing happens
+        without a cache.
+        """
+        if self.cache is None:
+            return
+        width, height = size = self._size()
+        shrink = min(1.0, math.sqrt(WARM_UP_PATHS * self.cache.n_training_records / (width * height)))
+        self.resize(max(1, round(shrink * width)), max(1, round(shrink * height)))
+        self.cache.cut(n_frames)
+        for _ in range(n_frames):
+            self.frame()
+        self.resize(*size)
 
     def reset_cache(self) -> None:
         """Empty the cache; the film keeps its frames."""

@@ -73,11 +73,11 @@ def test_animation_is_an_image_sequence(capsys):
 
 def test_first_frame_is_the_picture_at_its_time(capsys):
     """A sequence that begins at frame 3 begins as `--time` 0.75 does; without either the time is 0."""
-    cached = [*SMALL, "--integrator", "nrc"]
-    run(capsys, "render", "moving.json", "--animate", "3-3", "--fps", 4, "--out", "f.exr", *cached)
-    run(capsys, "render", "moving.json", "--time", 0.75, "--out", "t.exr", *cached)
-    run(capsys, "render", "moving.json", "--out", "p.exr", *cached)
-    run(capsys, "render", "moving.json", "--time", 0, "--out", "z.exr", *cached)
+    traced = [*SMALL, "--integrator", "path"]
+    run(capsys, "render", "moving.json", "--animate", "3-3", "--fps", 4, "--out", "f.exr", *traced)
+    run(capsys, "render", "moving.json", "--time", 0.75, "--out", "t.exr", *traced)
+    run(capsys, "render", "moving.json", "--out", "p.exr", *traced)
+    run(capsys, "render", "moving.json", "--time", 0, "--out", "z.exr", *traced)
     sequence, moment, plain, zero = frames("f_0003.exr", "t.exr", "p.exr", "z.exr")
     np.testing.assert_array_equal(sequence, moment)
     np.testing.assert_array_equal(plain, zero)
@@ -127,6 +127,14 @@ def test_resumed_sequence_is_the_uninterrupted_one(capsys):
     line = refused(capsys, "render", "moving.json", "--animate", "0-3", "--out", "b_#.exr", "--resume", *more)
     assert "b_#.exr.checkpoint" in line and "tracer.max_depth" in line
     assert "checkpoint" in refused(capsys, "render", "moving.json", "--animate", "0-3", "--resume", *options)
+
+
+def test_frame_has_a_sample_however_short_its_time(capsys):
+    """Moving the scene counts as part of a frame's seconds; what is written is a picture nevertheless."""
+    options = ["--integrator", "path", *SMALL[:4], "--device", "cpu", "--seconds", 1e-6, "--out", "a_#.exr"]
+    result = run(capsys, "render", "moving.json", "--animate", "0-1", *options)
+    assert [entry["spp"] for entry in result["frames"]] == [1, 1]
+    assert all(picture.max() > 0.0 for picture in frames("a_0.exr", "a_1.exr"))
 
 
 @pytest.mark.parametrize(

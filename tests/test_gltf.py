@@ -524,6 +524,17 @@ def test_animated_nodes_move_instances(tmp_path: Path) -> None:
         np.testing.assert_array_equal(flat.meshes[0].positions, still.positions)
 
 
+def test_moving_nodes_may_nest_deep(tmp_path: Path) -> None:
+    """A chain of nodes longer than Python's recursion limit, each one unit beyond its parent."""
+    n = 1200
+    nodes: list[dict] = [{"children": [i + 1], "translation": [0, 1, 0]} for i in range(n - 1)]
+    gltf = Gltf(nodes=[*nodes, {"mesh": 0}])
+    gltf.mesh()
+    animated(gltf, (0, "translation", ZERO_ONE, ALONG_X))
+    scene = gltf.load(tmp_path)
+    np.testing.assert_allclose(scene.at(1.0).instances[0].to_world[:3, 3], (2.0, n - 2, 0.0))
+
+
 @pytest.mark.parametrize(
     ("interpolation", "values", "expected"),  # at 0.25 of the way from 0 to 4
     [("LINEAR", [0, 4], 1.0), ("STEP", [0, 4], 0.0), ("CUBICSPLINE", [9, 0, 8, -4, 4, 9], 3.25)],

@@ -13,6 +13,7 @@ from nrc.field_cuda import MIN_MMA_ARCH, CudaPasses
 from nrc.kernels.cache import N_INPUTS
 from nrc.pathtracer import PathTracerConfig
 from nrc.renderer import Renderer
+from nrc.temporal import TemporalAccumulation
 from nrc.trainer import Trainer
 
 # Both devices follow the same random numbers, but round differently: a few paths per frame hit another triangle.
@@ -52,6 +53,29 @@ def test_cache_on_cuda_gives_the_mean_of_the_cpu():
     """The two paths through encoding, network and optimizer learn the same radiance."""
     cpu, cuda = render("cpu", "nrc", 64), render("cuda:0", "nrc", 64)
     assert abs(cuda.mean() / cpu.mean() - 1.0) < 0.03
+
+
+@pytest.mark.gpu
+def test_moving_scene_on_cuda_gives_the_pictures_of_the_cpu():
+    """Instances, their lights, replayed records, a cut and reprojection, over six frames of an animation."""
+    means = []
+    for device in ("cpu", "cuda:0"):
+        scene = assets.load("opening_door")
+        cache = CacheConfig(replay=0.25)
+        renderer = Renderer(scene, 96, 54, PathTracerConfig(max_depth=6), cache=cache, device=device)
+        shown = TemporalAccumulation(96, 54, renderer.device)
+        pictures = []
+        for i in range(6):
+            renderer.set_scene(scene.at(1.2 * i))
+            if i == 3:
+                renderer.cut()
+            for _ in range(12):
+                renderer.frame()
+            picture = shown.add(renderer.film.mean(), renderer.scene, renderer.tracer.camera).numpy()
+            assert np.isfinite(picture).all()
+            pictures.append(np.clip(picture, 0.0, 4.0).mean())
+        means.append(pictures)
+    np.testing.assert_allclose(means[1], means[0], rtol=0.15)  # one noisy lamp behind a door
 
 
 # The cache's two shapes: a small network on a hash grid, and a larger one on a frequency encoding.

@@ -13,9 +13,10 @@ from nrc.assets import shapes
 from nrc.assets.model import flatten, transform_mesh
 from nrc.bvh import Bvh, InstanceBvh
 from nrc.device_scene import DeviceScene
+from nrc.kernels.bvh_build import WIDTH
 from nrc.kernels.intersect import Accel, Hit, InstanceView, ray_closest, ray_occluded
 from nrc.kernels.light import light_pdf_triangle, light_sample
-from nrc.kernels.scene import SceneView, hit_position, rest_position
+from nrc.kernels.scene import LIGHT_POINT, SceneView, hit_position, rest_position
 from nrc.launch import launch
 from nrc.renderer import Renderer
 from nrc.scene import Camera, Checkerboard, Instance, Material, Mesh, PointLight, Scene
@@ -208,15 +209,18 @@ def test_light_on_an_instance_has_the_density_it_is_drawn_with():
     assert of_lamp[2:].sum() / of_lamp[:2].sum() == pytest.approx(1.05, rel=1e-5)
 
 
-def test_singular_instance_is_hidden():
-    """An instance scaled to nothing is not hit and does not emit, as in the flattened scene."""
+@pytest.mark.parametrize("axis", range(3))
+def test_singular_instance_is_hidden(axis):
+    """An instance scaled to nothing is not hit and does not emit, nor does a flat one that keeps its area."""
     before = scene()
-    gone = np.diag([0.0, 1.0, 1.0, 1.0])
+    gone = np.eye(4)
+    gone[axis, axis] = 0.0
     instances = tuple(replace(x, to_world=gone) if x.mesh == 2 else x for x in before.instances)
     after = replace(before, instances=instances)
     uploaded = DeviceScene(after, "cpu")
     assert set(hits(uploaded)[4]) == {-1, 0, 1, 2, 3}
-    assert uploaded.view.leaf_lights.numpy().tolist() == [4]  # the point light alone
+    lights = uploaded.view.lights.numpy()
+    assert lights["kind"][uploaded.view.leaf_lights.numpy()].tolist() == [LIGHT_POINT]
 
 
 def test_instances_share_their_mesh():
@@ -388,6 +392,22 @@ def test_broken_instances_are_refused():
     for matrix in (np.eye(3), np.full((4, 4), np.nan), np.ones((4, 4))):
         with pytest.raises(ValueError, match="instance 'x': to_world must be a finite affine"):
             Instance(0, matrix, "x")
+
+
+def test_instance_beyond_single_precision_is_refused():
+    """Its boxes would be infinite."""
+    base = scene()
+    huge = Instance(1, np.diag([1e39, 1e39, 1e39, 1.0]), "x")
+    with pytest.raises(ValueError, match="instance 'x': reaches beyond 1e\+37"):
+        DeviceScene(replace(base, instances=(*base.instances, huge)), "cpu")
+
+
+def test_hierarchy_over_huge_coordinates_is_built():
+    """Sums of two corners overflow single precision; every triangle is still in the hierarchy."""
+    positions, indices = soup(300, np.random.default_rng(1))
+    tree = Bvh(positions * np.float32(3e38 / np.abs(positions).max()), indices, "cpu")
+    faces = tree._blocks[:, 9 * WIDTH :].view(np.int32)
+    assert sorted(faces[faces >= 0]) == list(range(300))
 
 
 def test_bounds_hold_every_vertex():

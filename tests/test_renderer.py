@@ -16,7 +16,7 @@ from nrc import assets, launch
 from nrc.cache import CacheConfig
 from nrc.debug_views import debug_views
 from nrc.film import Film
-from nrc.pathtracer import PathTracer
+from nrc.pathtracer import PathTracer, PathTracerConfig
 from nrc.render_job import Budget, CheckpointError, RenderJob, describe
 from nrc.renderer import Renderer
 from nrc.scene import PointLight, Scene
@@ -383,3 +383,20 @@ def test_furnace_frames_are_independent():
     per_frame = np.array(means).mean(axis=1)
     pixels = np.array(means).std(axis=0).mean() / math.sqrt(256)
     assert 0.7 < per_frame.std() / pixels < 1.4
+
+
+def test_warm_up_trains_and_leaves_no_samples():
+    """The film is empty and of the same size after it, the cache is trained, and its first pictures are bright."""
+    scene = assets.load("cornell_box")
+    path = Renderer(scene, 48, 48, PathTracerConfig(integrator="path"), device="cpu")
+    path.warm_up()
+    assert path.frame_index == 0 and path.cache is None
+    for _ in range(200):
+        path.frame()
+    renderer = Renderer(scene, 48, 48, PathTracerConfig(), device="cpu")
+    renderer.warm_up(48)
+    assert renderer.film.n_frames == 0 and renderer.image().shape == (48, 48, 3)
+    assert renderer.cache.stats()["rounds"] == 48
+    for _ in range(8):
+        renderer.frame()
+    assert renderer.image().mean() == pytest.approx(path.image().mean(), rel=0.1)

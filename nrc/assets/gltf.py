@@ -131,15 +131,16 @@ class _Reader:
 
     def _node(self, index: int) -> int:
         """The animation's node for a node of the file."""
-        if index not in self.nodes:
-            if index not in self.moving:
-                made: Fixed | Trs = Fixed(self.worlds[index])
-            else:
-                made = self._trs(index)
-                parent = self.parents[index]
-                if parent >= 0:
-                    made = replace(made, parent=self._node(parent))
-            self.nodes[index] = self.model.add_node(made)
+        missing = []  # it and what it hangs from; no recursion, which deep files would exhaust
+        i = index
+        while i >= 0 and i not in self.nodes:
+            missing.append(i)
+            i = self.parents[i] if i in self.moving else -1
+        for i in reversed(missing):
+            made: Fixed | Trs = Fixed(self.worlds[i])
+            if i in self.moving:
+                made = replace(self._trs(i), parent=self.nodes.get(self.parents[i], -1))
+            self.nodes[i] = self.model.add_node(made)
         return self.nodes[index]
 
     def _trs(self, index: int) -> Trs | Fixed:

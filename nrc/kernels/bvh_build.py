@@ -66,7 +66,7 @@ _BUILD = f"""
             for (int i = r.begin; i < r.end; ++i) {{
                 F4 place = (boxes[2 * i] + boxes[2 * i + 1] - lower) * scale;
                 for (int a = 0; a < 3; ++a) {{
-                    int k = (int)place[a];
+                    int k = scale[a] > 0.0f ? (int)place[a] : 0;  // an infinite extent has no places
                     bin_lower[a][k] = __builtin_elementwise_min(bin_lower[a][k], boxes[2 * i]);
                     bin_upper[a][k] = __builtin_elementwise_max(bin_upper[a][k], boxes[2 * i + 1]);
                     ++bin_count[a][k];
