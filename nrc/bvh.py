@@ -27,6 +27,7 @@ class Bvh:
 
     Attributes:
         accel: Filled `Accel` struct of this mesh alone; valid as long as this object lives and is not refitted.
+        positions: The vertices that it was built for or fitted to last.
         depth: Levels of the hierarchy (CPU only).
         build_seconds: Wall-clock time of the build.
 
@@ -43,6 +44,7 @@ class Bvh:
 
     def _build(self, positions: np.ndarray, indices: np.ndarray) -> None:
         start = time.perf_counter()
+        self.positions = positions
         self._indices = np.ascontiguousarray(indices)
         self.accel = Accel()
         triangles = positions[indices]  # (m, 3 vertices, 3)
@@ -78,6 +80,7 @@ class Bvh:
         that has become too bad.
         """
         _check(positions, self._indices)
+        self.positions = positions
         if _usable(positions[self._indices[self._left_out]]).any():
             self._build(positions, self._indices)
         elif not self._device.is_cpu:
@@ -206,6 +209,7 @@ def _leaf_lanes(leaves: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.n
     return (order[np.where(filled, begin + lane, 0)] if len(order) else np.empty((0, WIDTH), np.int32)), filled
 
 
+@np.errstate(over="ignore", invalid="ignore")  # NaN for areas beyond single precision, which compares as not worn out
 def _cost(nodes: np.ndarray) -> float:
     """Summed area of all boxes over that of the root: about what a random ray visits."""
     lower = nodes[:, : 3 * WIDTH].reshape(-1, 3, WIDTH)

@@ -42,7 +42,7 @@ from nrc.scene import (
     transformed_boxes,
 )
 from nrc.texture_table import TextureTable, packed_images
-from nrc.transforms import cofactors, is_singular
+from nrc.transforms import affine, cofactors, is_singular
 
 _ALPHA = {"opaque": 0, "mask": 1, "blend": 2}
 _TEXTURE_FIELDS = tuple(name for name in Material.__dataclass_fields__ if name.endswith("_texture"))
@@ -84,8 +84,9 @@ class DeviceScene:
         `Scene.at` keeps what it did not replace: other materials, lights, places of instances, or rotation and scale of
         the environment leave hierarchies, vertices, texels and environment map where they are. The hierarchy of a mesh
         that instances place, and whose triangles join the same vertices in other positions, is refitted in place: then
-        this scene must not be traced any more. Nothing else tells the result from `DeviceScene(scene, device)` but its
-        cost, and `record_space="object"`, which knows points by their place in the first of a chain of scenes.
+        this scene, and others made of it, must not be traced any more. Nothing else tells the result from
+        `DeviceScene(scene, device)` but its cost, and `record_space="object"`, which knows points by their place in the
+        first of a chain of scenes.
         """
         other = object.__new__(DeviceScene)
         other._upload(scene, self.device, self)
@@ -220,6 +221,8 @@ class DeviceScene:
         instances = self.scene.instances
         to_world = np.array([instance.to_world for instance in instances], float)
         usable = ~is_singular(to_world)
+        placed = np.array(self._placed)
+        boxes = self._instance_boxes(to_world, placed, usable)
         same = earlier is not None and earlier._placed == self._placed
         self._rest_to_world = earlier._rest_to_world if earlier and same else to_world
         instance_view: Any = InstanceView  # wp.struct adds numpy_dtype
@@ -228,31 +231,36 @@ class DeviceScene:
         rows["to_object"][usable] = np.linalg.inv(to_world[usable])
         rows["facing"] = np.where(np.linalg.det(to_world[:, :3, :3]) < 0.0, -1.0, 1.0)
         rows["first_light"] = [first_light.get(i, 0) for i in range(len(instances))]
-        boxes = np.zeros((len(instances), 2, 3))
-        placed = np.array(self._placed)
         for place, i in enumerate(self._order[self._n_still :], start=self._n_still):
             bvh = self._mesh_bvh(i)
             shown = np.flatnonzero((placed == i) & usable)
             rows["first_face"][shown] = self._first_face[place]
             for name in ("mesh", "nodes", "blocks"):
                 rows[name][shown] = getattr(bvh.accel, name)
-            boxes[shown] = transformed_boxes(self.scene.meshes[i].box, to_world[shown])
-        too_far = np.flatnonzero((np.abs(boxes) > LARGEST).any(axis=(1, 2)))
-        if len(too_far):
-            raise SceneError(f"instance {instances[too_far[0]].name!r}: reaches beyond {LARGEST:g} scene units")
         self._instance_bvh = InstanceBvh(boxes, self.device)
         self._instance_bvh.fill(accel)
         accel.instances = wp.array(rows, dtype=InstanceView, device=self.device)
 
+    def _instance_boxes(self, to_world: np.ndarray, placed: np.ndarray, usable: np.ndarray) -> np.ndarray:
+        """Boxes (instances, 2, 3) around what instances place, of no size where that cannot be hit."""
+        boxes = np.zeros((len(placed), 2, 3))
+        for i in self._order[self._n_still :]:
+            shown = (placed == i) & usable
+            boxes[shown] = transformed_boxes(self.scene.meshes[i].box, to_world[shown])
+        too_far = np.flatnonzero((np.abs(boxes) > LARGEST).any(axis=(1, 2)))
+        if len(too_far):
+            name = self.scene.instances[too_far[0]].name
+            raise SceneError(f"instance {name!r}: reaches beyond {LARGEST:g} scene units")
+        return boxes
+
     def _mesh_bvh(self, i: int) -> Bvh:
         """Hierarchy of a mesh in its own space, refitted where only its vertices have moved."""
-        mesh, name = self.scene.meshes[i], f"bvh {i}"
-        known, bvh = self._earlier.get(name, ((None, None), None))
-        if known[1] is mesh.indices and known[0] is not mesh.positions and known[0].shape == mesh.positions.shape:
+        mesh = self.scene.meshes[i]
+        sources = mesh.indices, len(mesh.positions)
+        bvh: Bvh = self._part(f"bvh {i}", sources, lambda: Bvh(mesh.positions, mesh.indices, self.device))
+        if bvh.positions is not mesh.positions:  # whichever scene sharing it was the last to fit it
             bvh.refit(mesh.positions)
-            self._earlier[name] = (mesh.positions, mesh.indices), bvh  # the earlier scene's too
-        sources = mesh.positions, mesh.indices
-        return self._part(name, sources, lambda: Bvh(mesh.positions, mesh.indices, self.device))
+        return bvh
 
     def _upload_materials(self, view: Any) -> None:
         has_colors = {mesh.material for mesh in self.scene.meshes if mesh.colors is not None}
@@ -363,7 +371,7 @@ class DeviceScene:
                 matrix = np.asarray(self.scene.instances[k].to_world, float)
                 if is_singular(matrix):  # hidden, though what it flattens along another axis would keep an area
                     continue
-                moved = corners @ matrix[:3, :3].T + matrix[:3, 3]
+                moved = affine(matrix, corners)
                 facing = -1.0 if np.linalg.det(matrix[:3, :3]) < 0.0 else 1.0
                 turned = facing * normals @ cofactors(matrix[:3, :3]).T
                 emitters.append(EmissiveTriangles(faces, moved, turned, pairs, radiance, two_sided, int(k)))

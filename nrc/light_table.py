@@ -12,6 +12,7 @@ import numpy as np
 from nrc.kernels import scene as ks
 from nrc.light_tree import LightBounds, concatenated, triangle_bounds, union
 from nrc.scene import DirectionalLight, Light, PointLight, SpotLight
+from nrc.transforms import unit
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 FLATNESS = 1e-6  # by which the cosine between the triangles of a quad may be less than 1
@@ -92,7 +93,7 @@ def light_table(
         solid_angle = 4.0 * math.pi
         if isinstance(light, SpotLight):
             row["kind"] = ks.LIGHT_SPOT
-            row["direction"] = _unit(light.direction)
+            row["direction"] = unit(np.array(light.direction))
             row["inner_angle"], row["outer_angle"] = light.inner_angle, light.outer_angle
             row["smooth"] = light.falloff == "smooth"
             solid_angle = 2.0 * math.pi * (1.0 - math.cos((light.inner_angle + light.outer_angle) / 2.0))
@@ -100,7 +101,7 @@ def light_table(
     for i, sun in enumerate(parallel, start=n_placed):
         row = rows[i]
         row["kind"] = ks.LIGHT_DIRECTIONAL
-        row["direction"], row["intensity"] = _unit(sun.direction), sun.irradiance
+        row["direction"], row["intensity"] = unit(np.array(sun.direction)), sun.irradiance
         powers[1 + i - n_placed] = float(np.dot(sun.irradiance, LUMINANCE)) * math.pi * radius**2
     if environment_power is not None:
         rows[-1]["kind"] = ks.LIGHT_ENVIRONMENT
@@ -140,16 +141,12 @@ def _bounds(lights: Sequence[PointLight | SpotLight]) -> LightBounds:
     axis, spread, reach = np.tile((0.0, 0.0, 1.0), (n, 1)), np.full(n, math.pi), np.zeros(n)
     for i, light in enumerate(lights):
         if isinstance(light, SpotLight):
-            axis[i] = _unit(light.direction)
+            axis[i] = unit(np.array(light.direction))
             outer = min(light.outer_angle + ANGLE_MARGIN, math.pi)
             spread[i] = max(light.inner_angle, outer - math.pi / 2.0)
             reach[i] = outer - spread[i]
     intensity = np.array([np.dot(light.intensity, LUMINANCE) for light in lights], float)
     return LightBounds(position, position, np.zeros(n), axis, spread, reach, np.zeros(n, bool), intensity)
-
-
-def _unit(vector: Any) -> np.ndarray:
-    return np.asarray(vector, float) / np.linalg.norm(vector)
 
 
 def integrated_luminance(image: np.ndarray) -> float:

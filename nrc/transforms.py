@@ -14,7 +14,7 @@ LARGEST_SHEAR = 1e-4  # cosine between the axes of a matrix that rounding explai
 
 
 def affine(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (n, 3) moved by a (4, 4) matrix."""
+    """Points (..., 3) moved by a (4, 4) matrix."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
@@ -44,12 +44,11 @@ def is_singular(matrices: np.ndarray) -> np.ndarray:
 
 
 def rigid(matrix: np.ndarray) -> np.ndarray:
-    """A (4, 4) affine matrix without its scale, shear and reflection: -z and the plane of y are kept."""
-    back = unit(matrix[:3, 2])
-    right = unit(np.cross(matrix[:3, 1], back))
-    result = np.eye(4)
-    result[:3, 0], result[:3, 1], result[:3, 2], result[:3, 3] = right, np.cross(back, right), back, matrix[:3, 3]
-    return result
+    """A (4, 4) affine matrix without its scale, shear and reflection: -z and the plane of y are kept.
+
+    Where the matrix is singular some rotation comes out.
+    """
+    return _facing(matrix[:3, 3], unit(matrix[:3, 2]), matrix[:3, 1])
 
 
 def trs(translation: np.ndarray, rotation: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -93,9 +92,13 @@ def look_at(origin: np.ndarray, target: np.ndarray, up: np.ndarray) -> np.ndarra
 
     Where `up` says nothing, being parallel to the view, some other direction takes its place.
     """
-    forward = unit(np.asarray(target, float) - origin)
+    return _facing(origin, unit(np.asarray(target, float) - origin), up)
+
+
+def _facing(origin: np.ndarray, forward: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Rigid matrix (4, 4) to `origin` whose +z is the unit vector `forward` and whose +y is near `up`."""
     right = np.cross(up, forward)
-    if np.linalg.norm(right) < 1e-8:
+    if np.linalg.norm(right) <= 1e-8 * np.linalg.norm(up):
         right = np.cross(np.eye(3)[np.abs(forward).argmin()], forward)
     right = unit(right)
     matrix = np.eye(4)

@@ -294,6 +294,22 @@ def test_only_what_moved_is_uploaded():
     np.testing.assert_array_equal(after.view.rest_positions.numpy(), first.view.positions.numpy())
 
 
+def test_scenes_that_share_a_hierarchy_find_it_fitted_to_them():
+    """Two scenes made of one by bending its mesh; what is made of the first after the second shows the first's bend."""
+    base = scene()
+    ball = base.meshes[1]
+    bent = [
+        replace(base, meshes=(base.meshes[0], replace(ball, positions=ball.positions * np.float32(k)), base.meshes[2]))
+        for k in (1.5, 0.3)
+    ]
+    start = DeviceScene(base, "cpu")
+    first, _ = (start.replaced(pose) for pose in bent)
+    again = first.replaced(replace(bent[0], lights=()))
+    for i, (found, expected) in enumerate(zip(hits(again), hits(DeviceScene(bent[0], "cpu")), strict=True)):
+        if i != 2:  # at rest the one's ball is not bent
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_rest_position_is_that_of_the_first_upload():
     """Points of moved and bent objects are known by where they were; a closed form from their barycentrics."""
     first = DeviceScene(scene(), "cpu")
@@ -398,7 +414,7 @@ def test_instance_beyond_single_precision_is_refused():
     """Its boxes would be infinite."""
     base = scene()
     huge = Instance(1, np.diag([1e39, 1e39, 1e39, 1.0]), "x")
-    with pytest.raises(ValueError, match="instance 'x': reaches beyond 1e\+37"):
+    with pytest.raises(ValueError, match=r"instance 'x': reaches beyond 1e\+37"):
         DeviceScene(replace(base, instances=(*base.instances, huge)), "cpu")
 
 
