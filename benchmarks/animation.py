@@ -5,7 +5,8 @@
 Every method renders the whole animation in order, its cache learning on from frame to frame after a warm-up on the
 first. At evenly spread frames, and the frames after these, pictures are compared with path-traced references (kept in
 the folder, and used again): relMSE, mean error, and flicker: relMSE of the change from one frame to the next against
-the reference's change. Writes figures.json, a plot over time, and the compared frames as PNG.
+the reference's change. Writes figures.json, a plot over time, and three of the frames, one below the other: the
+reference, then each method.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nrc.renderer import Renderer
 from nrc.scene import Scene
 from nrc.temporal import TemporalAccumulation
 
+ENLARGED = 2  # pixels of frames.png per pixel of a frame
 METHODS = {
     "path": PathTracerConfig(integrator="path"),
     "nrc": PathTracerConfig(integrator="nrc"),
@@ -176,6 +178,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     truth, noise = references(scene, kept, arguments.fps, size, arguments.reference_spp, arguments.out, device)
     rows: dict[str, Any] = {}
+    shown = at[0], at[len(at) // 2], at[-1]
+    columns = [np.concatenate([truth[frame] for frame in shown])]
     for method in arguments.methods:
         name, _, suffix = method.partition("+")
         pictures, figures = play(
@@ -197,11 +201,10 @@ def main() -> None:
             f"mean {100 * np.mean(row['mean_error']):+.2f} %",
             flush=True,
         )
-        for frame in (at[0], at[len(at) // 2], at[-1]):
-            write_image(arguments.out / f"{method}_{frame:04}.png", pictures[frame])
-    for frame in (at[0], at[len(at) // 2], at[-1]):
-        write_image(arguments.out / f"reference_{frame:04}.png", truth[frame])
+        columns.append(np.concatenate([pictures[frame] for frame in shown]))
     if rows:
+        strip = np.concatenate(columns, axis=1)
+        write_image(arguments.out / "frames.png", strip.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1))
         plot(arguments.out / "animation.png", rows, at, arguments.fps)
     result = {
         "scene": arguments.scene,

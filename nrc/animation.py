@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -59,14 +59,22 @@ class Track:
     rotation: bool = False
 
     def __post_init__(self) -> None:
-        n = len(self.times)
-        if n == 0 or self.times.shape != (n,) or len(self.values) != n:
-            raise ValueError(f"a track needs as many times as values and at least one, got {n} and {len(self.values)}")
+        for name in ("times", "values"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), float))
+        if self.slopes is not None:
+            before, after = self.slopes
+            object.__setattr__(self, "slopes", (np.asarray(before, float), np.asarray(after, float)))
+        n = np.size(self.times)
+        if n == 0 or self.times.shape != (n,) or self.values.shape[:1] != (n,):
+            got = f"{self.times.shape} and {self.values.shape}"
+            raise ValueError(f"a track needs as many times as values and at least one, got shapes {got}")
         if not np.isfinite(self.times).all() or (np.diff(self.times) <= 0.0).any():
             raise ValueError("the times of a track must increase")
+        if not all(np.isfinite(values).all() for values in (self.values, *(self.slopes or ()))):
+            raise ValueError("the values and slopes of a track must be finite")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; one of {', '.join(INTERPOLATIONS)}")
-        shapes = [np.shape(slope) for slope in self.slopes or ()]
+        shapes = [slope.shape for slope in self.slopes or ()]
         if self.interpolation == "cubic" and shapes != [self.values.shape] * 2:
             raise ValueError(f"a cubic track needs slopes {self.values.shape} before and after its keys, got {shapes}")
 
@@ -123,6 +131,10 @@ class Turn:
 
     axis: tuple[float, float, float]
     angle: Track
+
+    def __post_init__(self) -> None:
+        if not abs(np.linalg.norm(self.axis) - 1.0) < 1e-6:
+            raise ValueError(f"the axis of a turn must have length 1, got {self.axis}")
 
     @property
     def end(self) -> float:
@@ -219,6 +231,9 @@ Node = Fixed | Trs | LookAt
 
 # What moves
 
+Placed = Literal["instance", "camera", "light", "environment"]
+Valued = Literal["camera", "light", "environment", "material"]
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -232,11 +247,20 @@ class Placement:
         above: A node whose matrix comes last, or -1: where a whole file is placed.
     """
 
-    target: Literal["instance", "camera", "light", "environment"]
+    target: Placed
     index: int
     node: int
     offset: np.ndarray = field(default_factory=lambda: np.eye(4))
     above: int = -1
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Placed):
+            raise ValueError(f"a placement of {self.target!r}; one of {', '.join(get_args(Placed))}")
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Those of the animation that it refers to."""
+        return (self.node, self.above) if self.above != -1 else (self.node,)
 
     @property
     def end(self) -> float:
@@ -325,6 +349,11 @@ class Deformation:
         return self.mesh
 
     @property
+    def nodes(self) -> tuple[int, ...]:
+        """Those of the animation that it refers to."""
+        return () if self.skin is None else self.skin.joints
+
+    @property
     def end(self) -> float:
         """When the last change is over [s], but for the nodes'."""
         return 0.0 if self.morph is None else self.morph.weights.end
@@ -372,10 +401,15 @@ class Value:
         curve: What it is.
     """
 
-    target: Literal["camera", "light", "environment", "material"]
+    target: Valued
     index: int
     field: str
     curve: Curve
+    nodes = ()
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Valued):
+            raise ValueError(f"a value of {self.target!r}; one of {', '.join(get_args(Valued))}")
 
     @property
     def end(self) -> float:
@@ -410,6 +444,10 @@ class Animation:
         for i, node in enumerate(self.nodes):
             if not -1 <= node.parent < i:
                 raise ValueError(f"animation: node {i} has parent {node.parent}, not an earlier node or -1")
+        for part in self.parts:
+            for i in part.nodes:
+                if not 0 <= i < len(self.nodes):
+                    raise ValueError(f"animation: {part.target} {part.index} is moved by node {i} of {len(self.nodes)}")
         # The last scene and pose: what has stood still since stays the same object. It changes no value.
         object.__setattr__(self, "_last", (None, None))
 
@@ -439,7 +477,10 @@ class Animation:
 
         Raises:
             SceneError: The scene has not what the animation moves.
+            ValueError: The time is not a number.
         """
+        if math.isnan(time):
+            raise ValueError(f"a scene's time must be a number of seconds, got {time}")
         base, last = self._last  # type: ignore[attr-defined]
         if base is not scene:
             self._check(scene)
@@ -480,12 +521,23 @@ class Animation:
 
     def _check(self, scene: Scene) -> None:
         for part in self.parts:
-            if part.target in LISTS:
-                n = len(getattr(scene, LISTS[part.target]))
-            else:
-                n = int(getattr(scene, part.target) is not None)
-            if not 0 <= part.index < n:
-                raise SceneError(f"animation: moves {part.target} {part.index}, scene {scene.name!r} has {n}")
+            item = getattr(scene, LISTS.get(part.target, part.target))
+            items = item if part.target in LISTS else () if item is None else (item,)
+            if not 0 <= part.index < len(items):
+                raise SceneError(f"animation: moves {part.target} {part.index}, scene {scene.name!r} has {len(items)}")
+            if isinstance(part, Value):
+                _check_value(part, items[part.index])
+
+
+def _check_value(part: Value, item: Any) -> None:
+    """Raise SceneError unless `item` has the field, with values of the curve's shape."""
+    what = f"animation: {part.target} {part.index} ({type(item).__name__})"
+    now = np.asarray(getattr(item, part.field, None))
+    if now.dtype.kind not in "if" or now.shape not in ((), (3,)):
+        raise SceneError(f"{what} has no number or colour {part.field!r}")
+    if (shape := np.shape(part.curve.at(0.0))) != now.shape:
+        kinds = {(): "a number", (3,): "three numbers"}
+        raise SceneError(f"{what}: {part.field} is {kinds[now.shape]}, its curve gives {kinds.get(shape, shape)}")
 
 
 def _changed(item: Any, last: Any, fields: Mapping[str, Any]) -> Any:

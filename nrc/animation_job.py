@@ -16,15 +16,16 @@ from nrc.renderer import Renderer
 from nrc.scene import Scene
 
 CHECKPOINT_KIND = "nrc.animation"
+SECONDS_BETWEEN_FRAMES = 5.0  # after which a checkpoint is due where a frame ends; within one, CHECKPOINT_SECONDS
 
 
 class AnimationJob:
     """Renders frames one after the other; what the cache learned goes from one to the next.
 
-    A checkpoint is the whole state after some sample of some frame. Frames before it that are written already stay;
-    from it on everything is rendered, the frame under way continued: a job that was stopped and resumed gives the same
-    pictures as one that was not (on the CPU bit for bit). Frames before it whose files are gone are rendered first,
-    with what the cache has learned by then. A job that begins warms up the cache on its first frame.
+    A checkpoint is the whole state after some sample of some frame. Frames that were written before it stay; all others
+    are rendered, the frame under way continued: a job that was stopped and resumed gives the same pictures as one that
+    was not (on the CPU bit for bit). Frames before it whose files are gone are rendered first, with what the cache has
+    learned by then. A job that begins warms up the cache on its first frame.
 
     Args:
         renderer: Prepared renderer.
@@ -35,6 +36,7 @@ class AnimationJob:
 
     Attributes:
         frame: Number of the frame that the renderer holds, or None.
+        reached: Frames from here on are rendered whatever files there are; earlier ones are known to be written.
         seconds: Rendering time of this frame so far, moving the scene included.
         interrupted: Whether Ctrl-C ended the run.
     """
@@ -45,6 +47,7 @@ class AnimationJob:
         self.renderer, self.scene, self.fps, self.checkpoint = renderer, scene, fps, checkpoint
         self.identity = json.loads(json.dumps({**identity, "fps": fps}))  # as a checkpoint gives it back
         self.frame: int | None = None
+        self.reached = 0
         self.seconds = 0.0
         self.interrupted = False
 
@@ -57,22 +60,24 @@ class AnimationJob:
         state, config = load_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.identity)
         self.renderer.set_scene(self.scene.at(self.time(config["frame"])))
         self.renderer.load_state(state)
-        self.frame, self.seconds = config["frame"], config["seconds"]
+        self.frame, self.reached, self.seconds = config["frame"], config["reached"], config["seconds"]
 
     def run(
-        self, frames: range, budget: Budget, path: Callable[[int], Path], write: Callable[[int], None]
+        self, frames: range, budget: Budget, exists: Callable[[int], bool], write: Callable[[int], None]
     ) -> list[int]:
         """Render `frames`, each with one sample at least and until `budget` is spent, or until Ctrl-C.
 
         Args:
-            path: File of a frame. It is skipped if it exists and comes before the frame that a checkpoint resumed.
+            exists: Whether all files of a frame are there: then it is skipped if a checkpoint says it was written.
             write: Write the renderer's picture as a frame.
 
         Returns:
-            The frames that were written.
+            The frames that were written; none where nothing was left to do.
         """
-        resumed, written = self.frame, []
-        todo = [k for k in frames if resumed is None or k >= resumed or not path(k).exists()]
+        written: list[int] = []
+        todo = [k for k in frames if k >= self.reached or not exists(k)]
+        if not todo:
+            return written
         last = time.perf_counter()
         with (
             interruptible("sample") as stopped,
@@ -97,7 +102,11 @@ class AnimationJob:
                     break
                 write(k)
                 written.append(k)
+                self.reached = max(self.reached, k + 1)
                 bar.update()
+                if len(written) == 1 or time.perf_counter() - last > SECONDS_BETWEEN_FRAMES:
+                    self.save()
+                    last = time.perf_counter()
             self.interrupted = stopped()
         if self.frame is not None:
             self.save()
@@ -116,5 +125,5 @@ class AnimationJob:
 
     def save(self) -> None:
         """Write the checkpoint; a crash in between leaves the older one. Raises CheckpointError."""
-        config = {"identity": self.identity, "frame": self.frame, "seconds": self.seconds}
+        config = {"identity": self.identity, "frame": self.frame, "reached": self.reached, "seconds": self.seconds}
         save_checkpoint(self.checkpoint, CHECKPOINT_KIND, self.renderer.state(), config)

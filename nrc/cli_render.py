@@ -83,7 +83,8 @@ def _render_picture(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = None if arguments.reference is None else read_linear(arguments.reference)
     size = picture_size(arguments, scene, reference)
     out = arguments.out or Path(f"{Path(arguments.scene).stem}.exr")
-    _check_out(arguments, out)
+    _check_format(arguments, out)
+    _check_folder(out)
     renderer = _renderer(arguments, scene, size)
     job = RenderJob(renderer, describe(renderer), out.with_name(out.name + ".checkpoint"))
     if arguments.resume:
@@ -128,12 +129,15 @@ def _render_frames(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--animate {arguments.animate}: nothing moves in {arguments.scene}")
     out = arguments.out or Path(f"{Path(arguments.scene).stem}.exr")
     pattern = _pattern(out)
-    if pattern.parent == out:
-        out.mkdir(exist_ok=True)
-    _check_out(arguments, pattern)
+    _check_format(arguments, pattern)
+    try:
+        pattern.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot make folder {pattern.parent}: {error.strerror}") from error
+    _check_folder(pattern)
     renderer = _renderer(arguments, scene, picture_size(arguments, scene, None))
     budget = _budget(arguments, scene)
-    identity = {**describe(renderer), "spp": budget.spp, "seconds": budget.seconds}
+    identity = {**describe(renderer), "spp": budget.spp, "seconds": budget.seconds, "first frame": frames[0]}
     checkpoint = pattern.with_name(pattern.name + ".checkpoint")
     job = AnimationJob(renderer, scene, arguments.fps or FPS, identity, checkpoint)
     if arguments.resume:
@@ -141,20 +145,23 @@ def _render_frames(arguments: argparse.Namespace) -> dict[str, Any]:
     _say_ready(arguments, scene, renderer, time.perf_counter() - start)
     entries = []
 
-    def path(frame: int) -> Path:
-        return _numbered(pattern, frame)
+    def exists(frame: int) -> bool:
+        return all(file.exists() for file in _files(_numbered(pattern, frame)))
 
     def write(frame: int) -> None:
-        spp = renderer.film.n_frames
-        _write_picture(path(frame), _layers(arguments, renderer), arguments.integrator, spp, job.seconds)
-        entry = {"frame": frame, "time": job.time(frame), "out": str(path(frame)), "spp": spp, "seconds": job.seconds}
+        file, spp = _numbered(pattern, frame), renderer.film.n_frames
+        _write_picture(file, _layers(arguments, renderer), arguments.integrator, spp, job.seconds)
+        entry = {"frame": frame, "time": job.time(frame), "out": str(file), "spp": spp, "seconds": job.seconds}
         entries.append({**entry, "clamped_fraction": renderer.film.stats()["clamped_fraction"]})
 
-    written = job.run(frames, budget, path, write)
+    written = job.run(frames, budget, exists, write)
     if arguments.clamp is not None and entries:
         taken = max(entry["clamped_fraction"] for entry in entries)
         say(f"--clamp {arguments.clamp:g} took at most {100 * taken:.2g} % of a frame's energy")
-    say(f"{len(written)} frames, {len(frames)} asked for: {pattern}")
+    if written or job.interrupted:
+        say(f"wrote {len(written)} of {len(frames)} frames: {pattern}")
+    else:
+        say(f"already complete: all {len(frames)} frames are there, nothing left to render: {pattern}")
     return {
         "out": str(pattern),
         **_setting(arguments, renderer),
@@ -190,11 +197,14 @@ def _numbered(pattern: Path, frame: int) -> Path:
     return pattern.with_name(re.sub("#+", lambda run: f"{frame:0{len(run[0])}d}", pattern.name))
 
 
-def _check_out(arguments: argparse.Namespace, out: Path) -> None:
+def _check_format(arguments: argparse.Namespace, out: Path) -> None:
     if out.suffix.lower() not in PICTURE_FORMATS:
         raise UsageError(f"--out {out}: cannot write '{out.suffix}'; one of {', '.join(PICTURE_FORMATS)}")
     if arguments.aov and out.suffix.lower() != ".exr":
         raise UsageError(f"--aov needs an .exr to hold its layers, --out is {out}")
+
+
+def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK) or not _accepts_files(out.parent):
@@ -264,9 +274,15 @@ def _layers(arguments: argparse.Namespace, renderer: Any) -> dict[str, np.ndarra
     return layers
 
 
+def _files(out: Path) -> tuple[Path, ...]:
+    """What a picture is written as: an EXR has a PNG beside it."""
+    return (out, out.with_suffix(".png")) if out.suffix.lower() == ".exr" else (out,)
+
+
 def _write_picture(out: Path, layers: dict[str, np.ndarray], integrator: str, spp: int, seconds: float) -> None:
-    if out.suffix.lower() != ".exr":
+    _, *beside = _files(out)
+    if not beside:
         write_image(out, layers["color"])
         return
-    write_image(out.with_suffix(".png"), to_srgb8(layers["color"]))
+    write_image(beside[0], to_srgb8(layers["color"]))
     write_exr(out, layers, {"nrc.integrator": integrator, "nrc.spp": spp, "nrc.seconds": seconds})

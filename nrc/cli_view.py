@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     view.add_argument("--encoding", choices=("hash", "frequency"), default="hash", help="of the cache (hash)")
     view.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE", help="of a Mitsuba XML")
     view.add_argument("--reference", type=Path, help="picture to measure a scene against; its size is the default")
+    view.add_argument("--time", type=float, help="moment of an animated scene to begin at [s] (default: 0)")
+    view.add_argument("--play", action="store_true", help="let an animated scene play from the start")
     view.add_argument("--frames", type=positive_int, help="exit after this many pictures")
     view.add_argument("--screenshot", type=Path, help="write the window at the end (.png)")
     view.add_argument("--viewport-screenshot", type=Path, help="write the picture alone (.png, or linear .exr)")
@@ -49,6 +52,8 @@ def _view(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{option.replace('_', '-')} needs --frames: when to take it")
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"--{option.replace('_', '-')} {path}: folder {path.parent} does not exist")
+    if arguments.time is not None and not (arguments.time >= 0.0 and math.isfinite(arguments.time)):
+        raise UsageError(f"--time {arguments.time:g}: expected seconds from 0 on")
     if arguments.headless and arguments.frames is None:
         raise UsageError("--headless needs --frames: there is no window to close")
     try:
@@ -66,6 +71,8 @@ def _view(arguments: argparse.Namespace) -> dict[str, Any]:
         reference=arguments.reference,
         headless=arguments.headless,
         panels=not arguments.no_panels,
+        start_time=arguments.time,
+        play=arguments.play,
         say=say,
         kind=arguments.kind,
         defines=parse_defines(arguments.defines),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,9 +144,16 @@ def load_checkpoint(
     theirs = config["identity"]
     differing = sorted(key for key in identity | theirs if identity.get(key) != theirs.get(key))
     if differing:
-        listed = ", ".join(f"{key} ({theirs.get(key)} there, {identity.get(key)} here)" for key in differing)
+        listed = ", ".join(_difference(key, theirs.get(key), identity.get(key)) for key in differing)
         raise CheckpointError(f"{path}: belongs to another render: {listed}")
     return state, config
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    """What two jobs differ in; the digests of what is too large to print say nothing."""
+    if all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (there, here)):
+        return f"{key} has changed"
+    return f"{key} ({there} there, {here} here)"
 
 
 def save_checkpoint(path: Path, kind: str, state: dict[str, np.ndarray], config: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.spatial.transform import Rotation, Slerp
 from small_scenes import floor, moved, rectangle
 
+import nrc
 from nrc.animation import (
     Animation,
     Deformation,
@@ -38,7 +42,7 @@ from nrc.scene import (
     SceneError,
     SpotLight,
 )
-from nrc.transforms import decompose, is_singular, look_at, trs, turn
+from nrc.transforms import decompose, is_singular, look_at, rigid, trs, turn
 
 EXACT = 1e-12  # rounding of a few operations in double precision
 FLOAT32 = 1e-6  # rounding of values of order one in single precision
@@ -127,6 +131,11 @@ def test_cubic_rotations_have_length_one():
         np.testing.assert_allclose(np.abs(smooth.at(t) @ turn(np.array([0.0, 0.0, 1.0]), 40.0 * t)), 1.0, atol=1e-4)
 
 
+def skinned(joint: int) -> Deformation:
+    """A floor that hangs on one joint."""
+    return Deformation(0, floor(), skin=Skin((joint,), np.eye(4)[None], np.zeros((4, 1), int), np.ones((4, 1))))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -136,7 +145,15 @@ def test_cubic_rotations_have_length_one():
         (lambda: Track(np.zeros(1), np.zeros(2)), "as many times as values"),
         (lambda: track((0, 1), interpolation="quadratic"), "linear, step, cubic"),
         (lambda: track((0, 1), interpolation="cubic"), "slopes"),
+        (lambda: track((0, 1), (1, np.nan)), "must be finite"),
+        (lambda: Track([0, 1], [1, 2], "cubic", ([0, 0], [0, np.inf])), "must be finite"),
+        (lambda: Turn((0.0, 0.0, 0.0), track((0, 0), (1, 90))), "axis of a turn must have length 1"),
+        (lambda: Placement("sky", 0, 0), "placement of 'sky'; one of instance, camera"),
+        (lambda: Value("sky", 0, "scale", track((0, 1))), "value of 'sky'; one of camera"),
         (lambda: Animation((Fixed(np.eye(4), 0),), ()), "node 0 has parent 0"),
+        (lambda: Animation((Trs(),), (Placement("camera", 0, 5),)), "camera 0 is moved by node 5 of 1"),
+        (lambda: Animation((Trs(),), (Placement("camera", 0, 0, above=1),)), "camera 0 is moved by node 1 of 1"),
+        (lambda: Animation((), (skinned(3),)), "mesh 0 is moved by node 3 of 0"),
     ],
 )
 def test_impossible_tracks_are_refused(make, message):
@@ -162,6 +179,20 @@ def test_decompose_undoes_trs():
         with pytest.raises(ValueError, match=message):
             decompose(matrix)
     assert is_singular(np.zeros((4, 4))) and not is_singular(np.diag([1e-9, 1e-9, 1e-9, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "scale", [(2.0, 2.0, 2.0), (1e-9, 1e-9, 1e-9), (-1.0, 3.0, 0.5), (1, 1, 0), (1, 0, 1), (0, 0, 0)]
+)
+def test_rigid_is_a_rotation(scale):
+    """Of every matrix, also one that a scale of 0 makes singular, so that a camera below it has axes; -z is kept."""
+    quaternion = random_quaternions(1, 6)[0]
+    matrix = rigid(trs(np.array([1.0, 2.0, 3.0]), quaternion, np.array(scale)))
+    axes = matrix[:3, :3]
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=EXACT)
+    assert np.linalg.det(axes) > 0.0 and matrix[:3, 3].tolist() == [1.0, 2.0, 3.0]
+    if scale[2] != 0.0:
+        np.testing.assert_allclose(axes[:, 2], Rotation.from_quat(quaternion).as_matrix()[:, 2], atol=EXACT)
 
 
 def test_nodes_compose_from_the_root():
@@ -309,9 +340,35 @@ def test_pose_refuses_another_scene():
     for part, message in (
         (Placement("instance", 2, 0), "instance 2, scene '' has 0"),
         (Value("environment", 0, "scale", track((0, 1), (1, 2))), "environment 0"),
+        (Value("camera", 0, "fovv", track((0, 30))), r"camera 0 \(Camera\) has no number or colour 'fovv'"),
+        (Value("camera", 0, "fov_axis", track((0, 30))), "no number or colour 'fov_axis'"),
+        (Value("material", 0, "roughness", track((0, (0, 0)))), "no number or colour 'roughness'"),
+        (Value("camera", 0, "fov", track((0, (1, 2, 3)))), "fov is a number, its curve gives three numbers"),
+        (Value("material", 0, "emission", track((0, 1))), "emission is three numbers, its curve gives a number"),
     ):
         with pytest.raises(SceneError, match=message):
             Scene((floor(),), (WHITE,), CAMERA, animation=Animation((Trs(),), (part,))).at(0.0)
+
+
+def test_pose_refuses_what_is_no_time():
+    """NaN is no moment; infinity is the end, as every time after it."""
+    parts = (Value("camera", 0, "fov", Track([0, 1], [30, 50])),)  # lists do
+    scene = Scene((floor(),), (WHITE,), CAMERA, animation=Animation((), parts))
+    assert scene.at(np.inf).camera.fov == 50.0 and scene.at(0.5).camera.fov == 40.0
+    with pytest.raises(ValueError, match="number of seconds, got nan"):
+        scene.at(np.nan)
+
+
+def test_example_of_the_documentation_dims_the_lamp():
+    """The code under "From Python" in docs/animation.md runs as it stands there, and the lamp ends at a tenth."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "animation.md").read_text()
+    (block,) = [part for part in re.findall(r"(?:^    .*\n|^\n)+", text, re.MULTILINE) if "dim = " in part]
+    names: dict[str, Any] = {"scene": nrc.load("opening_door")}
+    before = names["scene"].materials
+    exec(textwrap.dedent(block), names)
+    after, lamp = names["scene"].at(5.0).materials, names["lamp"]
+    assert after[lamp].emission == pytest.approx([0.1 * value for value in before[lamp].emission])
+    assert names["scene"].animation.duration == 5.0
 
 
 def test_bounds_cover_the_motion():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import refused, run
 
-from nrc import cli, launch
+from nrc import cli, cli_render, launch
 from nrc.image import read_layers, read_linear
 
 SMALL = ["--width", "12", "--height", "8", "--spp", "3", "--device", "cpu"]
@@ -87,6 +87,7 @@ def test_first_frame_is_the_picture_at_its_time(capsys):
 @pytest.mark.parametrize(
     ("out", "written"),
     [
+        ("shots/a_##.png", "shots/a_07.png"),
         ("a_##.exr", "a_07.exr"),
         ("a_##.png", "a_07.png"),
         ("a.hdr", "a_0007.hdr"),
@@ -107,6 +108,54 @@ def test_frames_have_layers(capsys):
     assert not np.array_equal(layers[0]["material_id"], layers[1]["material_id"])
 
 
+def test_finished_sequence_is_left_alone(capsys):
+    """--resume of a job whose frames are all there writes nothing; a file that is missing is made again."""
+    options = ["--fps", 4, "--out", "shots", "--integrator", "path", *SMALL]
+    run(capsys, "render", "moving.json", "--animate", "0-2", *options)
+    times = {file: file.stat().st_mtime_ns for file in Path("shots").iterdir()}
+    assert Path("shots/frame_####.exr.checkpoint") in times
+    for last in (2, 1):
+        assert cli.main(["render", "moving.json", "--animate", f"0-{last}", "--resume", *map(str, options)]) == 0
+        assert f"already complete: all {last + 1} frames are there" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in Path("shots").iterdir()} == times
+    Path("shots/frame_0001.png").unlink()
+    again = run(capsys, "render", "moving.json", "--animate", "0-2", "--resume", *options)
+    assert [entry["frame"] for entry in again["frames"]] == [1] and Path("shots/frame_0001.png").is_file()
+    assert run(capsys, "render", "moving.json", "--animate", "0-2", "--resume", *options)["frames"] == []
+    line = refused(capsys, "render", "moving.json", "--animate", "2-3", "--resume", *options)
+    assert "first frame (0 there, 2 here)" in line
+    Path("moving.json").write_text(json.dumps({**MOVING, "camera": {**MOVING["camera"], "fov": 40}}))
+    line = refused(capsys, "render", "moving.json", "--animate", "0-2", "--resume", *options)
+    assert line.endswith("belongs to another render: scene has changed")
+
+
+def test_killed_sequence_is_resumed(capsys, monkeypatch):
+    """The first frame leaves a checkpoint, from which a job that died later goes on as if nothing had happened."""
+    options = ["--animate", "0-2", "--fps", 4, *SMALL]
+    write = cli_render._write_picture
+
+    def dies(out: Path, *arguments: object) -> None:
+        if "2" in out.name:
+            raise RuntimeError("killed")
+        write(out, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(cli_render, "_write_picture", dies)
+        run(capsys, "render", "moving.json", "--out", "a_#.exr", *options)
+    resumed = run(capsys, "render", "moving.json", "--out", "a_#.exr", "--resume", *options)
+    assert [entry["frame"] for entry in resumed["frames"]] == [1, 2]
+    run(capsys, "render", "moving.json", "--out", "b_#.exr", *options)
+    for k in range(3):
+        np.testing.assert_array_equal(*frames(f"a_{k}.exr", f"b_{k}.exr"))
+
+
+def test_folder_may_not_be_a_file(capsys):
+    """What stands where the folder would be is named, in one line."""
+    Path("taken").touch()
+    line = refused(capsys, "render", "moving.json", "--animate", "0-1", "--out", "taken", *SMALL)
+    assert "--out taken: cannot make folder taken: File exists" in line
+
+
 def test_resumed_sequence_is_the_uninterrupted_one(capsys):
     """Frames before the checkpoint's stay as they are, later ones continue its cache: bit for bit the same."""
     options = ["--fps", 4, *SMALL]
@@ -114,15 +163,14 @@ def test_resumed_sequence_is_the_uninterrupted_one(capsys):
     run(capsys, "render", "moving.json", "--animate", "0-1", "--out", "b_#.exr", *options)
     first = Path("b_0.exr").stat().st_mtime_ns
     resumed = run(capsys, "render", "moving.json", "--animate", "0-3", "--out", "b_#.exr", "--resume", *options)
-    assert [entry["frame"] for entry in resumed["frames"]] == [1, 2, 3]  # 1 is the checkpoint's: written once more
+    assert [entry["frame"] for entry in resumed["frames"]] == [2, 3]
     assert Path("b_0.exr").stat().st_mtime_ns == first
     for k in range(4):
         np.testing.assert_array_equal(*frames(f"a_{k}.exr", f"b_{k}.exr"))
     Path("b_0.exr").unlink()
     again = run(capsys, "render", "moving.json", "--animate", "0-3", "--out", "b_#.exr", "--resume", *options)
-    assert [entry["frame"] for entry in again["frames"]] == [0, 3]  # what is missing is rendered
-    for k in (0, 3):
-        assert read_linear(f"b_{k}.exr").max() == pytest.approx(1.0 + k)  # the lamp of its moment: 1 + 4 t
+    assert [entry["frame"] for entry in again["frames"]] == [0]  # what is missing is rendered
+    assert read_linear("b_0.exr").max() == pytest.approx(1.0)  # the lamp of its moment
     more = [*options[:-2], "--device", "cpu", "--max-depth", 3]
     line = refused(capsys, "render", "moving.json", "--animate", "0-3", "--out", "b_#.exr", "--resume", *more)
     assert "b_#.exr.checkpoint" in line and "tracer.max_depth" in line
@@ -148,8 +196,10 @@ def test_frame_has_a_sample_however_short_its_time(capsys):
         (["moving.json", "--animate", "0-1", "--time", "1"], "--time"),
         (["moving.json", "--animate", "0-1", "--reference", "r.exr"], "--reference"),
         (["moving.json", "--animate", "0-1", "--out", "a_#_#.exr"], "a_#_#.exr"),
-        (["moving.json", "--animate", "0-1", "--out", "none/a_#.exr"], "folder none"),
-        (["moving.json", "--animate", "0-1", "--out", "none/folder"], "none/folder"),
+        (["moving.json", "--animate", "0-1", "--out", "none/x/a_#.exr"], "cannot make folder none/x: No such file"),
+        (["moving.json", "--animate", "0-1", "--out", "none/folder"], "cannot make folder none/folder: No such file"),
+        (["moving.json", "--animate", "0-1", "--out", "none/../x/"], "--out none/../x: cannot make folder"),
+        (["moving.json", "--animate", "0-1", "--out", "none/a_#.gif"], ".gif"),
         (["moving.json", "--animate", "0-1", "--out", "a_#.gif"], ".gif"),
         (["moving.json", "--animate", "0-1", "--aov", "--out", "a_#.png"], "--aov"),
         (["moving.json", "--fps", "30"], "--fps needs --animate"),

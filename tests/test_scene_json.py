@@ -490,7 +490,12 @@ def test_animated_file_keeps_its_motion_under_the_asset(tmp_path: Path) -> None:
             },
             r"lights\[0\].target: gives no direction",
         ),
-        ({"materials": {"white": {"base_color": keyed((0, [1, 1, 1]))}}}, r"base_color: expected an array"),
+        ({"materials": {"white": {"base_color": keyed((0, [1, 1, 1]))}}}, r"base_color: cannot change over time"),
+        ({"settings": {"spp": keyed((0, 1))}}, r"settings.spp: cannot change over time"),
+        (
+            {"camera": {"look_at": {"origin": [0, 0, 5], "target": [0, 0, 0], "up": keyed((0, [0, 1, 0]))}}},
+            r"look_at.up: cannot change over time",
+        ),
     ],
 )
 def test_bad_keyframes_name_file_and_field(tmp_path: Path, parts: dict[str, Any], message: str) -> None:

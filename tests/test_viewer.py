@@ -524,9 +524,32 @@ def test_command_without_a_display(tmp_path: Path) -> None:
     assert read_image(picture).shape[:2] == (60, 80)
 
 
+def test_command_begins_where_it_is_told(display: str) -> None:
+    """The first picture of --time is of that moment; with --play time goes on from there."""
+    from nrc.viewer.app import Viewer
+    from nrc.viewer.window import NullWindow
+
+    for play in (False, True):
+        viewer = Viewer(NullWindow(160, 120), size=(32, 24), device="cpu", start_time=3.0, play=play)
+        try:
+            viewer.open("opening_door")
+            viewer.run(n_pictures=1)
+            assert viewer.timeline.is_playing == play and 3.0 <= viewer.session._shown.time < 8.0
+            assert viewer.session._shown.time == 3.0 or play
+            until(viewer, lambda play=play, viewer=viewer: viewer.timeline.time > 3.2 or not play)
+            opened(viewer, "opening_door")  # the next one begins as always
+            assert viewer.timeline.time == 0.0 and not viewer.timeline.is_playing
+        finally:
+            viewer.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["cornell_box", "--headless", "--frames", "1", "--time", "1"], "nothing moves in"),
+        (["cornell_box", "--headless", "--frames", "1", "--play"], "nothing moves in"),
+        (["opening_door", "--time", "nan"], "--time nan"),
+        (["opening_door", "--time", "-1"], "--time -1"),
         (["missing.glb", "--headless", "--frames", "1"], "missing.glb"),
         (["cornell_box", "--headless"], "--frames"),
         (["cornell_box", "--screenshot", "x.png"], "--frames"),

@@ -77,6 +77,7 @@ class Viewer:
             pictures become finer until there are four per second.
         size: Fixed size of pictures [px]; by default they adapt to the frame rate.
         panels: Whether the panels are open.
+        start_time, play: Where the first source's animation begins [s], and whether it plays from there.
         open_options: Of `open_source`, for every source opened.
 
     Attributes:
@@ -95,6 +96,8 @@ class Viewer:
         fps: float | None = None,
         size: tuple[int, int] | None = None,
         panels: bool = True,
+        start_time: float | None = None,
+        play: bool = False,
         **open_options: Any,
     ) -> None:
         return_freed_memory()
@@ -117,6 +120,7 @@ class Viewer:
         self.opened_at = time.perf_counter()
         self.first_picture_seconds: float | None = None
         self._fps_asked = fps
+        self._start_time, self._play = start_time, play  # until the first source is open
         self._open_options = open_options
         self._texture: Any = None
         self._n_shown = 0
@@ -353,7 +357,21 @@ class Viewer:
         self._asked, self._changed = None, self._ticked
         for warning in session.warnings:
             self.say(warning)
+        self._start_animation()
         self.window.set_title(f"{session.name} - nrc")
+
+    def _start_animation(self) -> None:
+        """Stand or play as was asked for the first source."""
+        start_time, play = self._start_time, self._play
+        self._start_time, self._play = None, False
+        if start_time is None and not play:
+            return
+        if self.timeline.duration <= 0.0 and self.session is not None:
+            self.say(f"--time and --play need an animated scene: nothing moves in {self.session.name}", is_error=True)
+            return
+        self.timeline.seek(start_time or 0.0)
+        if play:
+            self.timeline.toggle()
 
     def _ask(self) -> None:
         session = self.session

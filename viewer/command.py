@@ -23,6 +23,8 @@ def view(
     reference: Path | None = None,
     headless: bool = False,
     panels: bool = True,
+    start_time: float | None = None,
+    play: bool = False,
     say: Callable[[str], None],
     **open_options: Any,
 ) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def view(
         n_pictures: End after so many.
         screenshot, viewport_screenshot: Pictures of the window and of what it shows, written at the end.
         reference: Picture to compare a scene's pictures with; its size is the default for theirs.
+        start_time, play: Where the animation of the scene begins [s], and whether it plays from there.
         headless: Use EGL, and no window at all where that fails.
         say: Receives lines for the terminal.
         open_options: Of `nrc.viewer.opening.open_source`.
@@ -56,7 +59,7 @@ def view(
             raise WindowError(f"--screenshot {screenshot}: {error}; --viewport-screenshot needs no window") from error
         say(f"{error}; going on without a window")
         window = NullWindow(*window_size)
-    viewer = Viewer(window, size=size, fps=fps, panels=panels, **open_options)
+    viewer = Viewer(window, size=size, fps=fps, panels=panels, start_time=start_time, play=play, **open_options)
     try:
         viewer.open(source)
         if reference is not None:

@@ -46,6 +46,8 @@ class Field:
         return SceneError(f"{self.file}: {self.path}: {message}" if self.path else f"{self.file}: {message}")
 
     def wrong(self, expected: str) -> SceneError:
+        if isinstance(self.value, dict) and "keyframes" in self.value:
+            return self.error(f"cannot change over time: expected {expected}, got keyframes")
         text = json.dumps(self.value)
         return self.error(f"expected {expected}, got {text if len(text) <= 60 else text[:57] + '...'}")
 

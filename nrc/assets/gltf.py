@@ -71,7 +71,7 @@ class _Reader:
         used = [field.string() for field in self.root.list("extensionsUsed")]
         if missing := sorted(set(required) - set(EXTENSIONS)):
             raise self.root.need("extensionsRequired").error(f"not supported: {', '.join(missing)}")
-        if unknown := sorted(set(used) - set(EXTENSIONS)):
+        if unknown := sorted(set(used) - {*EXTENSIONS, "KHR_animation_pointer"}):  # whose channels warn themselves
             self.model.warn(f"glTF extensions not understood and ignored: {', '.join(unknown)}")
 
     def _visit_nodes(self) -> list[int]:
@@ -250,6 +250,8 @@ class _Reader:
         for key, kind in (("TRANSLATION", "VEC3"), ("ROTATION", "VEC4"), ("SCALE", "VEC3")):
             if (accessor := attributes.get(key)) is not None:
                 columns[key] = self.file.accessor(accessor, (kind,))
+                if not np.isfinite(columns[key]).all():
+                    raise accessor.error(f"accessors[{accessor.value}]: has values that are not finite")
         counts = {len(values) for values in columns.values()}
         if len(counts) != 1:
             raise attributes.error("needs TRANSLATION, ROTATION or SCALE, all of the same count")
