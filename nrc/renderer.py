@@ -52,6 +52,8 @@ class Pick:
 class Renderer:
     """Renders a scene frame by frame, one sample per pixel each.
 
+    `warm_up` trains the cache before the first picture.
+
     Args:
         scene: Host scene, or one already uploaded.
         width, height: Picture size [px].
@@ -61,6 +63,7 @@ class Renderer:
         device: Warp device; ignored for an uploaded scene.
 
     Attributes:
+        scene: The uploaded scene; its `scene` is the host's.
         config, cache_config: As given, or set since.
         camera: What the picture is seen through; the scene's to begin with.
         tracer, film: The parts for the present picture size and configuration, replaced with them.

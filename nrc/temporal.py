@@ -12,6 +12,7 @@ import warp as wp
 from nrc.device_scene import DeviceScene
 from nrc.kernels import temporal as kt
 from nrc.kernels.camera import CameraView
+from nrc.kernels.intersect import Hit
 from nrc.launch import heavy_range, launch, resolve_device
 
 _CAMERA_FIELDS = ("origin", "x", "y", "z", "half_width", "half_height")
@@ -66,8 +67,12 @@ class TemporalAccumulation:
     history is as long as it stays in the lobe.
 
     Where light changes history is dropped: over a window of pixels, a test compares the new frame's luminance with the
-    history's. It asks whether they differ by more than the noise, so that noise alone drops nothing; a clamp to the
-    colours of a window, the usual remedy, makes a noisy picture 5 to 10 % too dark.
+    history's. It asks whether they differ by more than the noise, so that noise alone drops little; a clamp to the
+    colours of a window, the usual remedy, makes a noisy picture 5 to 10 % too dark. In the place of what is dropped
+    comes the mean of the new frame over the same surface in 5 × 5 pixels, which counts three frames.
+
+    Pixels at the edge of an object hold its light. A pixel that shows nothing but background takes none from them, but
+    what the background is known to be.
 
     Args:
         width, height: Picture size [px].
@@ -83,6 +88,8 @@ class TemporalAccumulation:
         n = width * height
         self._guides = [self._guide(n), self._guide(n)]  # of the last frame and of the one before
         self._kept, self._reprojected = self._history(n), self._history(n)
+        self._hits = wp.zeros(n, dtype=Hit, device=self.device)
+        self._lobe = wp.zeros(n, dtype=wp.vec2, device=self.device)
         self._centre = wp.zeros(n, dtype=wp.vec3, device=self.device)
         self._own = wp.zeros(n, dtype=wp.vec3, device=self.device)
         self._terms = wp.zeros(n, dtype=wp.vec3, device=self.device)
@@ -106,7 +113,10 @@ class TemporalAccumulation:
 
     @property
     def history_length(self) -> wp.array:
-        """(pixels,) float, how many frames each pixel of the last picture averages; at least 1."""
+        """(pixels,) float, how many frames each pixel of the last picture averages; at least 1.
+
+        What takes the place of a dropped history counts three.
+        """
         return self._kept.length
 
     def add(self, colour: wp.array, scene: DeviceScene, camera: CameraView) -> wp.array:
@@ -117,15 +127,25 @@ class TemporalAccumulation:
         Args:
             colour: (pixels,) vec3, the frame's radiance [W m^-2 sr^-1]. A pixel that is not finite or negative counts
                 as not seen.
-            scene: What the frame shows. A scene with another number of triangles or vertices starts over.
-            camera: Through what; of a thin lens the centre.
+            scene: What the frame shows, `Renderer.scene`. A scene with another number of triangles or vertices starts
+                over.
+            camera: Through what, `Renderer.tracer.camera` or made by `DeviceScene.camera_view`; of a thin lens the
+                centre.
 
         Returns:
             (pixels,) vec3 [W m^-2 sr^-1], overwritten by the next call.
 
         Raises:
+            TypeError: A host scene, camera or picture.
             ValueError: The picture has another size, or lies on another device.
         """
+        if not isinstance(scene, DeviceScene):
+            raise TypeError(f"expected an uploaded scene (`Renderer.scene`), got {type(scene).__name__}")
+        struct: Any = CameraView
+        if not isinstance(camera, struct.cls):
+            raise TypeError(f"expected a `CameraView` (`Renderer.tracer.camera`), got {type(camera).__name__}")
+        if not isinstance(colour, wp.array):
+            raise TypeError(f"expected a Warp array (`Renderer.film.frame`), got {type(colour).__name__}")
         view: Any = camera
         if (view.width, view.height) != (self.width, self.height) or colour.shape != (self.width * self.height,):
             got = f"{colour.shape[0]} of a {view.width}x{view.height} view"
@@ -154,31 +174,38 @@ class TemporalAccumulation:
         """Find every pixel's surface and its history."""
         previous, guide = self._guides
         n = self.width * self.height
+        for kernel, inputs, outputs in (
+            (kt.trace_centres, [], [self._hits, guide, self._centre, self._lobe]),
+            (kt.average_own_color, [guide, self._centre], [self._own, guide.border]),
+        ):
+            launch(
+                kernel,
+                n,
+                inputs=[scene.view, camera, *inputs],
+                outputs=outputs,
+                device=self.device,
+                range_size=heavy_range(n),
+            )
         launch(
             kt.reproject_history,
             n,
             inputs=[
-                scene.view,
                 camera,
                 scene.view if self._scene is None else self._scene.view,
                 camera if self._camera is None else self._camera,
                 self._params,
                 int(self._scene is not None),
                 int(self._scene is not None and not _same_pose(self._scene, scene)),
+                self._hits,
+                guide,
+                self._lobe,
+                self._centre,
+                self._own,
                 previous,
                 self._kept,
             ],
-            outputs=[guide, self._centre, self._reprojected],
+            outputs=[self._reprojected],
             device=self.device,
-            range_size=heavy_range(n),
-        )
-        launch(
-            kt.average_own_color,
-            n,
-            inputs=[scene.view, camera, self._centre],
-            outputs=[self._own],
-            device=self.device,
-            range_size=heavy_range(n),
         )
         self._guides = [guide, previous]
         self._scene, self._camera = scene, _copied(camera)
@@ -203,7 +230,17 @@ class TemporalAccumulation:
         launch(
             kt.blend_history,
             n,
-            inputs=[self._params, self.width, self.height, colour, self._own, history, self._row_sums],
+            inputs=[
+                self._params,
+                self.width,
+                self.height,
+                self._camera.origin,
+                colour,
+                self._own,
+                self._guides[0],
+                history,
+                self._row_sums,
+            ],
             outputs=[self._kept, self._shown],
             device=self.device,
         )
@@ -214,6 +251,7 @@ class TemporalAccumulation:
         view.normal = wp.zeros(n, dtype=wp.vec3, device=self.device)
         view.object = wp.zeros(n, dtype=int, device=self.device)
         view.instance = wp.zeros(n, dtype=int, device=self.device)
+        view.border = wp.zeros(n, dtype=int, device=self.device)
         return view
 
     def _history(self, n: int) -> Any:

@@ -13,6 +13,7 @@ from small_scenes import floor, moved, rectangle, shape
 from nrc import launch
 from nrc.assets import shapes
 from nrc.device_scene import DeviceScene
+from nrc.kernels.temporal import RESTART_FRAMES
 from nrc.scene import Camera, Environment, Instance, Material, Scene
 from nrc.temporal import TemporalAccumulation, TemporalConfig
 
@@ -239,6 +240,38 @@ def test_sky_follows_the_cameras_rotation():
     assert abs(kept - expected) < 1.5 / width
 
 
+def covered(shift: float, half: float, width: int, height: int) -> np.ndarray:
+    """(h, w) part of each pixel of `panned(shift)` that the square of z = 0 around the origin covers."""
+    scale = 0.5 * width / (math.tan(math.radians(25.0)) * 4.0)  # pixels per unit
+
+    def overlap(n: int, middle: float) -> np.ndarray:
+        first = np.arange(n)
+        return (np.minimum(first + 1, middle + half * scale) - np.maximum(first, middle - half * scale)).clip(0.0, 1.0)
+
+    return np.outer(overlap(height, height / 2), overlap(width, width / 2 - shift * scale))
+
+
+@pytest.mark.parametrize("sky", [0.0, 0.25])
+@pytest.mark.parametrize("step", [0.013, 0.11])
+def test_no_trail_in_the_background_of_a_moving_edge(step, sky):
+    """A square moves over the sky: pixels without any part of it show the sky at once, and keep their history."""
+    width, height, half = 48, 32, 0.8
+    square = wall(0.0, half)
+    environment = Environment.constant((sky, sky, sky)) if sky > 0.0 else None
+    scene = DeviceScene(Scene((square,), (GREY,), panned(0.0), environment=environment), DEVICE)
+    film = Film(width, height)
+    uncovered = np.zeros((height, width), bool)
+    for k in range(12):
+        part = covered(step * k, half, width, height)
+        frame = part + (1.0 - part) * sky
+        picture = film.add(np.repeat(frame[..., None], 3, axis=2), scene, panned(step * k))
+        empty = part < 1e-6
+        assert np.abs(picture[empty] - sky).max() <= sky * EXACT
+        uncovered |= part > 1e-3
+    assert (uncovered & empty).sum() > 10
+    assert (film.length[~uncovered] > 11.99).all()
+
+
 def test_mirrors_forget_sooner_while_the_camera_moves():
     """A mirror's history is short in motion, and as long as any when all is still."""
     mirror = Material(kind="conductor", k=(1.0, 1.0, 1.0), specular=(1.0, 1.0, 1.0))
@@ -377,7 +410,35 @@ def test_a_light_switch_is_seen_at_once(factor):
     for k in range(2):
         picture = film.add(factor * noise(100 + k, 64, 64), scene)
     assert abs(picture.mean() / factor - 1.0) < 0.2
-    assert np.mean(film.length <= 3.0) > 0.8
+    assert np.mean(film.length <= RESTART_FRAMES + 3.0) > 0.8
+
+
+def test_a_dropped_history_restarts_from_the_square_around():
+    """Where history is dropped the new frame's 5 x 5 mean counts three frames beside the pixel's own path."""
+    film, scene = Film(32, 32, TemporalConfig()), scene_of(wall())
+    for k in range(8):
+        film.add(noise(k, 32, 32, heavy=False), scene)
+    frame = 5.0 * (np.random.default_rng(9).random((32, 32)) < 0.5)  # half of the paths are black
+    picture = film.add(frame, scene)[..., 0]
+    assert (film.length == RESTART_FRAMES + 1.0).all()
+    padded = np.pad(frame, 2, constant_values=math.nan)
+    around = np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, (5, 5)), axis=(2, 3))
+    assert np.allclose(picture, (RESTART_FRAMES * around + frame) / (RESTART_FRAMES + 1.0), rtol=1e-4)
+    assert (frame == 0.0).mean() > 0.4 and picture.min() > 0.5
+
+
+def test_a_dropped_history_restarts_from_the_same_surface_alone():
+    """Another object's light does not come in where light changes."""
+    film = Film(40, 30, TemporalConfig())
+    scene = scene_of(wall(), ball(), materials=(GREY, GREY))
+    on_ball = hit_mesh(scene, 40, 30) == 1
+    for _ in range(8):
+        film.add(1.0, scene)
+    frame = np.where(on_ball[..., None], (5.0, 4.0, 3.0), (0.1, 0.1, 0.2))
+    picture = film.add(frame, scene)
+    dropped = film.length == RESTART_FRAMES + 1.0
+    assert dropped[on_ball].any() and dropped[~on_ball].any()
+    assert np.abs(picture - frame)[dropped].max() < 1e-5
 
 
 def test_a_single_firefly_drops_no_history():
@@ -421,6 +482,14 @@ def test_wrong_pictures_are_refused():
         accumulation.add(colours(np.ones((4, 9))), scene, scene.camera_view(8, 4))
     with pytest.raises(ValueError, match="positive"):
         TemporalAccumulation(0, 4, DEVICE)
+    picture, view = colours(np.ones((4, 8))), scene.camera_view(8, 4)
+    for arguments, expected in (
+        ((picture, scene.scene, view), r"Renderer\.scene.*got Scene"),
+        ((picture, scene, scene.scene.camera), r"Renderer\.tracer\.camera.*got Camera"),
+        ((picture.numpy(), scene, view), r"Renderer\.film\.frame.*got ndarray"),
+    ):
+        with pytest.raises(TypeError, match=expected):
+            accumulation.add(*arguments)
 
 
 @pytest.mark.parametrize(

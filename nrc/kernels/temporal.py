@@ -2,7 +2,7 @@
 
 The temporal half of SVGF (Schied et al. 2017): backward reprojection of the first hit, four taps that each must show
 the same surface, a running mean that becomes an exponential one. Where light changes, a test over a window of pixels
-decides how much history to drop.
+decides how much history to drop; what the new frame shows around a pixel takes its place.
 """
 
 import warp as wp
@@ -30,6 +30,10 @@ from nrc.kernels.trace import INFINITE
 wp.set_module_options({"enable_backward": False})
 
 NO_OBJECT = wp.constant(-1)
+# How much of other objects a pixel shows besides what is at its centre.
+INSIDE = wp.constant(0)  # nothing, and neither do the centres of its eight neighbours
+BESIDE = wp.constant(1)  # nothing, but centres of neighbours do
+MIXED = wp.constant(2)
 MIN_TAP_WEIGHT = wp.constant(0.01)  # of accepted taps together, below which a pixel has no history (SVGF)
 OWN_SAMPLES = wp.constant(4)
 MIN_OWN = wp.constant(0.02)  # least component to divide by
@@ -39,6 +43,8 @@ WINDOW = wp.constant(11)  # [px] side of the square over which light is tested f
 MIN_TESTED = wp.constant(4.0)  # [frames] shorter histories do not know their noise, and are soon forgotten anyway
 NOISE_FLOOR = wp.constant(0.3)  # least deviation of frames over their mean
 MIN_DEVIATION = wp.constant(1.0e-6)
+RESTART_FRAMES = wp.constant(3.0)  # [frames] what a square of new pixels counts in the place of a dropped history
+RESTART_RADIUS = wp.constant(2)  # [px] of that square
 
 
 @wp.struct
@@ -61,6 +67,7 @@ class GuideView:
     normal: wp.array[wp.vec3]  # (pixels,) interpolated, before maps
     object: wp.array[int]  # (pixels,) index into the scene's meshes, NO_OBJECT where nothing is hit
     instance: wp.array[int]  # (pixels,) as in `Hit`
+    border: wp.array[int]  # (pixels,) INSIDE, BESIDE or MIXED
 
 
 @wp.struct
@@ -70,6 +77,15 @@ class HistoryView:
     color: wp.array[wp.vec3]  # (pixels,)
     moments: wp.array[wp.vec2]  # (pixels,) means of the frames' luminance and of its square
     length: wp.array[float]  # (pixels,) [frames], 0 for none
+
+
+@wp.struct
+class Restart:
+    """What takes the place of a dropped history."""
+
+    color: wp.vec3
+    moments: wp.vec2
+    frames: float  # what it counts, 0 for nothing
 
 
 @wp.func
@@ -120,6 +136,16 @@ def shows_surface(
 
 
 @wp.func
+def spoils_background(guide: GuideView, tap: int, object: int, border: int) -> bool:
+    """Whether a pixel that shows nothing but background could get an object's light from pixel `tap`.
+
+    Frames are means over pixels, so pixels of the background hold light of an object at its edge. The background stays
+    while the object moves on, which would leave a trail.
+    """
+    return object == NO_OBJECT and border != MIXED and guide.border[tap] != INSIDE
+
+
+@wp.func
 def surface_albedo(surface: wp.ref[Surface], d: wp.vec3) -> Albedo:
     """Albedo towards where a ray with direction `d` comes from."""
     wo = to_local(surface.frame, -d)
@@ -147,26 +173,132 @@ def reflected(v: wp.vec3, n: wp.vec3) -> wp.vec3:
 
 
 @wp.func
-def longest_history(surface: wp.ref[Surface], d: wp.vec3, turn: float, params: TemporalParams) -> float:
+def specular_lobe(surface: wp.ref[Surface], d: wp.vec3) -> wp.vec2:
+    """Specular share of the albedo, and roughness."""
+    albedo = surface_albedo(surface, d)
+    specular = max_component(albedo.specular)
+    if specular <= 0.0:
+        return wp.vec2(0.0, 1.0)
+    return wp.vec2(specular / (specular + max_component(albedo.diffuse)), bsdf_roughness(surface.bsdf))
+
+
+@wp.func
+def longest_history(lobe: wp.vec2, turn: float, params: TemporalParams) -> float:
     """Frames after which what a surface reflects has left the lobe that was seen, where it turns by `turn` a frame.
 
     A reflection moves otherwise than its surface, so a mirror's history is another place's.
     """
-    albedo = surface_albedo(surface, d)
-    specular = max_component(albedo.specular)
     longest = 1.0 / params.min_alpha
-    if specular > 0.0 and turn > MIN_TURN:
-        roughness = bsdf_roughness(surface.bsdf)
-        share = specular / (specular + max_component(albedo.diffuse))
-        longest = wp.min(longest, (params.mirror_history + roughness * roughness / turn) / share)
+    if lobe[0] > 0.0 and turn > MIN_TURN:
+        longest = wp.min(longest, (params.mirror_history + lobe[1] * lobe[1] / turn) / lobe[0])
     return longest
+
+
+@wp.kernel
+def trace_centres(
+    first: int,
+    # Scene
+    scene: SceneView,
+    camera: CameraView,
+    # Out
+    out_hits: wp.array[Hit],  # (pixels,)
+    out_guide: GuideView,  # but for the border
+    out_own: wp.array[wp.vec3],  # (pixels,) colour to divide by, at the centre
+    out_lobe: wp.array[wp.vec2],  # (pixels,) as of `specular_lobe`
+):
+    """Find what the centre of each pixel sees. One thread per pixel."""
+    i = first + wp.tid()
+    centre = wp.vec2(0.5, 0.5)
+    ray = camera_ray(camera, i % camera.width, i // camera.width, centre, centre)
+    hit = visible_hit(scene, ray.o, ray.d)
+    object = int(NO_OBJECT)
+    p = wp.vec3(0.0, 0.0, 0.0)
+    n = wp.vec3(0.0, 0.0, 0.0)
+    lobe = wp.vec2(0.0, 1.0)
+    surface = Surface()
+    if hit.face >= 0:
+        find_surface(scene, hit, ray.d, surface)
+        object = scene.triangle_mesh[hit.face]
+        p = surface.p
+        n = surface.n
+        lobe = specular_lobe(surface, ray.d)
+    out_hits[i] = hit
+    out_guide.object[i] = object
+    out_guide.instance[i] = hit.instance
+    out_guide.position[i] = p
+    out_guide.normal[i] = n
+    out_own[i] = own_color(scene, hit, surface, ray.d)
+    out_lobe[i] = lobe
+
+
+@wp.kernel
+def average_own_color(
+    first: int,
+    # Scene
+    scene: SceneView,
+    camera: CameraView,
+    # In
+    guide: GuideView,
+    centre: wp.array[wp.vec3],  # (pixels,) at the centre
+    # Out
+    out_own: wp.array[wp.vec3],  # (pixels,) mean over the pixel
+    out_border: wp.array[int],  # (pixels,) of the guide
+):
+    """Find the mean own colour of the pixels whose neighbours have another one, and borders. One thread per pixel.
+
+    Frames are means over pixels too. Divided by what the centre shows they would hold the texture's fine detail, and
+    the edges of objects, as noise.
+    """
+    i = first + wp.tid()
+    x = i % camera.width
+    y = i // camera.width
+    mean = centre[i]
+    object = guide.object[i]
+    contrast = float(0.0)
+    border = int(INSIDE)
+    for r in range(wp.max(y - 1, 0), wp.min(y + 2, camera.height)):
+        for c in range(wp.max(x - 1, 0), wp.min(x + 2, camera.width)):
+            contrast = wp.max(contrast, wp.length(centre[r * camera.width + c] - mean))
+            if guide.object[r * camera.width + c] != object:
+                border = BESIDE
+    if contrast > MIN_CONTRAST or border != INSIDE:
+        total = wp.vec3(0.0, 0.0, 0.0)
+        surface = Surface()
+        k = int(0)
+        while k < OWN_SAMPLES:  # a range would be unrolled
+            # Rotated grid: one sample in each row and column.
+            at = wp.vec2((float(k) + 0.5) / 4.0, (float(2 - 2 * k + 5 * (k // 2)) + 0.5) / 4.0)
+            ray = camera_ray(camera, x, y, at, wp.vec2(0.5, 0.5))
+            hit = visible_hit(scene, ray.o, ray.d)
+            seen = int(NO_OBJECT)
+            if hit.face >= 0:
+                find_surface(scene, hit, ray.d, surface)
+                seen = scene.triangle_mesh[hit.face]
+            if seen != object:
+                border = MIXED
+            total += own_color(scene, hit, surface, ray.d)
+            k += 1
+        mean = total / float(OWN_SAMPLES)
+        # A straight edge that cuts off less than a sample's part cuts off a corner.
+        k = int(0)
+        while border == BESIDE and k < 4:
+            at = wp.vec2(float(k % 2), float(k // 2))
+            ray = camera_ray(camera, x, y, at, wp.vec2(0.5, 0.5))
+            hit = visible_hit(scene, ray.o, ray.d)
+            seen = int(NO_OBJECT)
+            if hit.face >= 0:
+                seen = scene.triangle_mesh[hit.face]
+            if seen != object:
+                border = MIXED
+            k += 1
+    out_border[i] = border
+    out_own[i] = wp.vec3(wp.max(mean[0], MIN_OWN), wp.max(mean[1], MIN_OWN), wp.max(mean[2], MIN_OWN))
 
 
 @wp.kernel
 def reproject_history(
     first: int,
     # Scene
-    scene: SceneView,
     camera: CameraView,
     previous_scene: SceneView,
     previous_camera: CameraView,
@@ -175,34 +307,27 @@ def reproject_history(
     has_previous: int,  # 0 in the first frame
     is_moved: int,  # whether the two scenes may differ in geometry
     # In
+    hits: wp.array[Hit],  # (pixels,) of this frame
+    guide: GuideView,
+    lobe: wp.array[wp.vec2],  # (pixels,)
+    centre_own: wp.array[wp.vec3],  # (pixels,) at the centre
+    own: wp.array[wp.vec3],  # (pixels,) mean over the pixel
     previous_guide: GuideView,
     history: HistoryView,  # of the previous frame's pixels
     # Out
-    out_guide: GuideView,
-    out_own: wp.array[wp.vec3],  # (pixels,) colour to divide by, at the centre
     out_history: HistoryView,  # of this frame's pixels
 ):
-    """Find what the centre of each pixel sees, and its history where it was a frame ago. One thread per pixel."""
+    """Find the history of what each pixel's centre sees, where it was a frame ago. One thread per pixel."""
     i = first + wp.tid()
     centre = wp.vec2(0.5, 0.5)
     ray = camera_ray(camera, i % camera.width, i // camera.width, centre, centre)
-    hit = visible_hit(scene, ray.o, ray.d)
-    object = int(NO_OBJECT)
-    p = wp.vec3(0.0, 0.0, 0.0)
-    n = wp.vec3(0.0, 0.0, 0.0)
+    hit = hits[i]
+    object = guide.object[i]
+    border = guide.border[i]
+    p = guide.position[i]
+    n = guide.normal[i]
     to_previous = ray.d  # from where the previous camera is
     longest = 1.0 / params.min_alpha
-    surface = Surface()
-    if hit.face >= 0:
-        find_surface(scene, hit, ray.d, surface)
-        object = scene.triangle_mesh[hit.face]
-        p = surface.p
-        n = surface.n
-    out_guide.object[i] = object
-    out_guide.instance[i] = hit.instance
-    out_guide.position[i] = p
-    out_guide.normal[i] = n
-    out_own[i] = own_color(scene, hit, surface, ray.d)
 
     # The same point of the same triangle a frame ago.
     if has_previous != 0 and hit.face >= 0:
@@ -212,8 +337,8 @@ def reproject_history(
             ng = wp.normalize(triangle_normal(previous_scene, hit.instance, e1, e2))
             n = hit_normal(previous_scene, hit, ng)
         to_previous = p - previous_camera.origin
-        turn = wp.length(reflected(ray.d, surface.n) - reflected(wp.normalize(to_previous), n))
-        longest = longest_history(surface, ray.d, turn, params)
+        turn = wp.length(reflected(ray.d, guide.normal[i]) - reflected(wp.normalize(to_previous), n))
+        longest = longest_history(lobe[i], turn, params)
 
     color = wp.vec3(0.0, 0.0, 0.0)
     moments = wp.vec2(0.0, 0.0)
@@ -234,9 +359,16 @@ def reproject_history(
                 same = shows_surface(previous_guide, tap, params, object, hit.instance, p, n, distance)
                 if same and history.length[tap] > 0.0:
                     w = (1.0 - wp.abs(x - float(c))) * (1.0 - wp.abs(y - float(r)))
+                    tap_color = history.color[tap]
+                    tap_moments = history.moments[tap]
+                    if spoils_background(previous_guide, tap, object, border):
+                        # What the tap would hold without the object: nothing but background, which is known.
+                        tap_color = wp.cw_div(centre_own[i], own[i])
+                        brightness = luminance(tap_color)
+                        tap_moments = wp.vec2(brightness, brightness * brightness)
                     weight += w
-                    color += w * history.color[tap]
-                    moments += w * history.moments[tap]
+                    color += w * tap_color
+                    moments += w * tap_moments
                     length += w * history.length[tap]
     if weight < MIN_TAP_WEIGHT:
         out_history.color[i] = wp.vec3(0.0, 0.0, 0.0)
@@ -246,47 +378,6 @@ def reproject_history(
         out_history.color[i] = color / weight
         out_history.moments[i] = moments / weight
         out_history.length[i] = wp.min(length / weight, longest)
-
-
-@wp.kernel
-def average_own_color(
-    first: int,
-    # Scene
-    scene: SceneView,
-    camera: CameraView,
-    # In
-    centre: wp.array[wp.vec3],  # (pixels,) at the centre
-    # Out
-    out_own: wp.array[wp.vec3],  # (pixels,) mean over the pixel
-):
-    """Find the mean own colour of the pixels whose neighbours have another one. One thread per pixel.
-
-    Frames are means over pixels too. Divided by what the centre shows they would hold the texture's fine detail, and
-    the edges of objects, as noise.
-    """
-    i = first + wp.tid()
-    x = i % camera.width
-    y = i // camera.width
-    mean = centre[i]
-    contrast = float(0.0)
-    for r in range(wp.max(y - 1, 0), wp.min(y + 2, camera.height)):
-        for c in range(wp.max(x - 1, 0), wp.min(x + 2, camera.width)):
-            contrast = wp.max(contrast, wp.length(centre[r * camera.width + c] - mean))
-    if contrast > MIN_CONTRAST:
-        total = wp.vec3(0.0, 0.0, 0.0)
-        surface = Surface()
-        k = int(0)
-        while k < OWN_SAMPLES:  # a range would be unrolled
-            # Rotated grid: one sample in each row and column.
-            at = wp.vec2((float(k) + 0.5) / 4.0, (float(2 - 2 * k + 5 * (k // 2)) + 0.5) / 4.0)
-            ray = camera_ray(camera, x, y, at, wp.vec2(0.5, 0.5))
-            hit = visible_hit(scene, ray.o, ray.d)
-            if hit.face >= 0:
-                find_surface(scene, hit, ray.d, surface)
-            total += own_color(scene, hit, surface, ray.d)
-            k += 1
-        mean = total / float(OWN_SAMPLES)
-    out_own[i] = wp.vec3(wp.max(mean[0], MIN_OWN), wp.max(mean[1], MIN_OWN), wp.max(mean[2], MIN_OWN))
 
 
 @wp.kernel
@@ -337,6 +428,42 @@ def sum_rows(
     out_sums[i] = sums
 
 
+@wp.func
+def restarted(
+    params: TemporalParams,
+    eye: wp.vec3,
+    width: int,
+    height: int,
+    x: int,
+    y: int,
+    color: wp.array[wp.vec3],
+    own: wp.array[wp.vec3],
+    guide: GuideView,
+) -> Restart:
+    """What the new frame shows of the surface in the square around pixel (x, y)."""
+    i = y * width + x
+    restart = Restart()
+    p = guide.position[i]
+    n = guide.normal[i]
+    distance = wp.length(p - eye)
+    count = float(0.0)
+    for r in range(wp.max(y - RESTART_RADIUS, 0), wp.min(y + RESTART_RADIUS + 1, height)):
+        for c in range(wp.max(x - RESTART_RADIUS, 0), wp.min(x + RESTART_RADIUS + 1, width)):
+            j = r * width + c
+            if shows_surface(guide, j, params, guide.object[i], guide.instance[i], p, n, distance):
+                if is_valid(color[j]) and not spoils_background(guide, j, guide.object[i], guide.border[i]):
+                    divided = wp.cw_div(color[j], own[j])
+                    brightness = luminance(divided)
+                    restart.color += divided
+                    restart.moments += wp.vec2(brightness, brightness * brightness)
+                    count += 1.0
+    if count > 1.5:  # the pixel itself comes in anyway
+        restart.color = restart.color / count
+        restart.moments = restart.moments / count
+        restart.frames = RESTART_FRAMES
+    return restart
+
+
 @wp.kernel
 def blend_history(
     first: int,
@@ -344,9 +471,11 @@ def blend_history(
     params: TemporalParams,
     width: int,  # [px]
     height: int,  # [px]
+    eye: wp.vec3,  # the camera's centre
     # In
     color: wp.array[wp.vec3],  # (pixels,) the new frame [W m^-2 sr^-1]
     own: wp.array[wp.vec3],  # (pixels,)
+    guide: GuideView,
     history: HistoryView,
     row_sums: wp.array[wp.vec3],  # (pixels,)
     # Out
@@ -359,6 +488,9 @@ def blend_history(
     of its square: the sum of squared differences, and of the history's variances. Each is good where the other fails:
     a firefly in the new frame counts as one deviation at most, and a window without any is not dark beside a history
     that owes its mean to them.
+
+    A pixel whose history is dropped would show one path, which is often black. The mean of the new frame over the same
+    surface around it fills in for a few frames.
     """
     i = first + wp.tid()
     x = i % width
@@ -368,7 +500,17 @@ def blend_history(
     for row in range(start, wp.min(start + WINDOW, height)):
         sums += row_sums[row * width + x]
     t = wp.abs(sums[0]) / wp.sqrt(wp.max(sums[1], sums[2]) + MIN_DEVIATION)
-    length = history.length[i] * (1.0 - wp.clamp((t - params.t_keep) / (params.t_drop - params.t_keep), 0.0, 1.0))
+    dropped = wp.clamp((t - params.t_keep) / (params.t_drop - params.t_keep), 0.0, 1.0)
+    past = history.color[i]
+    past_moments = history.moments[i]
+    length = history.length[i]
+    if dropped > 0.0 and length > 0.0:
+        restart = restarted(params, eye, width, height, x, y, color, own, guide)
+        kept = length * (1.0 - dropped)
+        length = kept + dropped * wp.min(restart.frames, length)
+        if length > 0.0:
+            past = wp.lerp(restart.color, past, kept / length)
+            past_moments = wp.lerp(restart.moments, past_moments, kept / length)
 
     new = wp.vec3(0.0, 0.0, 0.0)
     alpha = wp.max(1.0 / (length + 1.0), params.min_alpha)
@@ -377,8 +519,8 @@ def blend_history(
     else:
         alpha = wp.where(length > 0.0, 0.0, 1.0)
     brightness = luminance(new)
-    mixed = wp.lerp(history.color[i], new, alpha)
+    mixed = wp.lerp(past, new, alpha)
     out_history.color[i] = mixed
-    out_history.moments[i] = wp.lerp(history.moments[i], wp.vec2(brightness, brightness * brightness), alpha)
+    out_history.moments[i] = wp.lerp(past_moments, wp.vec2(brightness, brightness * brightness), alpha)
     out_history.length[i] = wp.min(length + 1.0, 1.0 / params.min_alpha)
     out_color[i] = wp.cw_mul(mixed, own[i])
