@@ -367,14 +367,15 @@ class DeviceScene:
             if place < self._n_still:
                 emitters.append(EmissiveTriangles(faces, corners, normals, pairs, radiance, two_sided))
                 continue
-            for k in np.flatnonzero(np.array([instance.mesh == i for instance in self.scene.instances])):
-                matrix = np.asarray(self.scene.instances[k].to_world, float)
-                if is_singular(matrix):  # hidden, though what it flattens along another axis would keep an area
+            for k, instance in enumerate(self.scene.instances):
+                matrix = np.asarray(instance.to_world, float)
+                # A singular one is hidden, though what it flattens along another axis would keep an area.
+                if instance.mesh != i or is_singular(matrix):
                     continue
                 moved = affine(matrix, corners)
                 facing = -1.0 if np.linalg.det(matrix[:3, :3]) < 0.0 else 1.0
                 turned = facing * normals @ cofactors(matrix[:3, :3]).T
-                emitters.append(EmissiveTriangles(faces, moved, turned, pairs, radiance, two_sided, int(k)))
+                emitters.append(EmissiveTriangles(faces, moved, turned, pairs, radiance, two_sided, k))
         return emitters, per_mesh
 
     def _mean_emission(self, material: Material) -> float:

@@ -276,6 +276,26 @@ def begin_training_round(
             scale[0] = total / float(n_summed)
 
 
+@wp.func
+def deal_record(
+    records: RecordView,
+    targets: wp.array[wp.vec3],
+    i: int,
+    box_lower: wp.vec3,
+    inverse_extent: float,
+    scale: float,
+    out_x: wp.array2d[float],
+    out_y: wp.array2d[float],
+    row: int,
+):
+    """Write record `i` and its normalised target as a row of the batches."""
+    encode_record(records, i, box_lower, inverse_extent, out_x, row)
+    unit = wp.where(scale > 0.0, scale, 1.0)
+    y = to_normalised(targets[i], reflectance(records, i), unit)
+    for c in range(3):
+        out_y[row, c] = y[c]
+
+
 @wp.kernel
 def shuffle_records(
     first: int,
@@ -306,8 +326,4 @@ def shuffle_records(
             dealt = permute(places[i], n_valid[0], round_key(seed, round_index[0]))
             if dealt < plan[FRESH]:
                 row = (dealt % n_batches) * batch_size + dealt // n_batches
-                encode_record(records, i, box_lower, inverse_extent, out_x, row)
-                unit = wp.where(scale[0] > 0.0, scale[0], 1.0)
-                y = to_normalised(targets[i], reflectance(records, i), unit)
-                for c in range(3):
-                    out_y[row, c] = y[c]
+                deal_record(records, targets, i, box_lower, inverse_extent, scale[0], out_x, out_y, row)

@@ -11,12 +11,10 @@ from nrc.kernels.cache import (
     FRESH,
     REPLAYED,
     STORED_BEFORE,
-    encode_record,
+    deal_record,
     is_counted,
     permute,
-    reflectance,
     round_key,
-    to_normalised,
 )
 from nrc.kernels.records import RecordView, copy_record
 from nrc.kernels.rng import mix64
@@ -52,11 +50,7 @@ def deal_stored_records(
         place = permute(i, plan[STORED_BEFORE], mix64(round_key(seed, round_index[0]) + DRAW_SALT))
         dealt = plan[FRESH] + i
         row = (dealt % n_batches) * batch_size + dealt // n_batches
-        encode_record(stored, place, box_lower, inverse_extent, out_x, row)
-        unit = wp.where(scale[0] > 0.0, scale[0], 1.0)
-        y = to_normalised(stored_targets[place], reflectance(stored, place), unit)
-        for c in range(3):
-            out_y[row, c] = y[c]
+        deal_record(stored, stored_targets, place, box_lower, inverse_extent, scale[0], out_x, out_y, row)
 
 
 @wp.kernel
